@@ -1,0 +1,868 @@
+"""Molecules: raw files -> one HDF5 schema -> splits -> batches that are a function of (seed, step).
+
+    python data.py SOURCE RAW [RAW ...] OUT.h5        SOURCE: qm9 pcqm4mv2 sdf md17 rmd17 md22 xyz
+    python data.py info FILE.h5                       what to know of a file before training on it
+    python data.py sample FILE.h5 OUT.h5 num=2000 seed=1
+
+    qm9       qm9pack-1.0.3-py3-none-any.whl | dsgdb9nsd.xyz.tar.bz2 | gdb9.sdf gdb9.sdf.csv  [+ uncharacterized.txt]
+    pcqm4mv2  pcqm4m-v2-train.sdf.tar.gz | pcqm4m-v2_xyz.zip
+    md17 md22 rmd17   *.npz          sdf   *.sdf[.gz] (rdkit)          xyz   *.xyz, extended (ase)
+Several RAW (not qm9, pcqm4mv2): the stem of each file becomes a named split.
+
+Schema georecon/1. A atoms and M molecules, all end to end; root attrs schema, name, source, source_sha256,
+length_unit, command and, where known, license and attribution:
+
+    z             uint8 (A,)       atomic numbers
+    pos           float32 (A, 3)   Å
+    ptr           int64 (M+1,)     molecule m is atoms ptr[m]:ptr[m+1]
+    id            int64 (M,)       the source's own index
+    energy        float64 (M,)     attr unit
+    forces        float32 (A, 3)   attr unit; -dE/dpos
+    y/<name>      float64 (M,)     attr unit; one per property
+    split/<name>  int64 (n,)       molecules of a split that the source brings along
+
+Datasets are contiguous and uncompressed, so a batch is a few reads at known offsets of the file.
+"""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import importlib
+import io
+import itertools
+import lzma
+import os
+import re
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+SCHEMA = "georecon/1"
+HAR2EV = 27.211386246  # eV per Hartree
+# Below every bond there is (H-H 0.74 Å), also in hot molecular dynamics: two atoms this near are a broken file.
+MIN_DISTANCE = 0.5  # Å
+SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y
+Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
+Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
+ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
+QM9_LABELS = (  # name and unit here, column in qm9pack, column in gdb9.sdf.csv; in the order of the xyz comment line
+    ("A", "GHz", "RotA_GHz", "A"),
+    ("B", "GHz", "RotB_GHz", "B"),
+    ("C", "GHz", "RotC_GHz", "C"),
+    ("mu", "D", "Dipole_debye", "mu"),
+    ("alpha", "a0^3", "Polarizability_bohr3", "alpha"),
+    ("homo", "eV", "HOMO_au", "homo"),
+    ("lumo", "eV", "LUMO_au", "lumo"),
+    ("gap", "eV", "HOMO_LUMO_gap_au", "gap"),
+    ("r2", "a0^2", "R2_bohr2", "r2"),
+    ("zpve", "eV", "ZPVE_au", "zpve"),
+    ("U0", "eV", "InternalEnergy_0K_au", "u0"),
+    ("U", "eV", "InternalEnergy_298K_au", "u298"),
+    ("H", "eV", "Enthalphy_298K_au", "h298"),  # sic
+    ("G", "eV", "GibbsFreeEnergy_298K_au", "g298"),
+    ("Cv", "cal/mol/K", "Heatcapacity_Cv_cal_mol_K", "cv"),
+)
+
+
+# --- errors: a user's mistake is one line, not a traceback ---
+
+
+class InputError(Exception):
+    """A mistake of the user: one line saying what is wrong, where, and what to do; code 1 failure, 2 usage."""
+
+    def __init__(self, message, code=1):
+        super().__init__(str(message).replace("\n", " "))
+        self.code = code
+
+
+def cli(main):
+    """Run main(argv), print an InputError as one line `<script>.py: error: ...` and exit with its code."""
+    script = Path(sys.argv[0]).name
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def sha256(path):
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# --- reading: one file, many processes, no growth of memory ---
+
+
+class Molecules:
+    """Read-only view of one georecon/1 file; may be pickled, forked and shared by any number of workers.
+
+    ptr (M+1,) int64 · ids (M,) int64 · units {label: unit} · splits {name: (n,) int64} · attrs {root attributes}
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+        self._fd = self._file = None  # opened on first use, once per process
+        if not os.path.isfile(self.path):
+            raise InputError(f"{self.path}: no such file: convert one with `python data.py SOURCE RAW {self.path}`")
+        try:
+            file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise InputError(f"{self.path}: not a whole HDF5 file ({error}): convert it again") from error
+        with file:
+            self.attrs = dict(file.attrs)
+            if self.attrs.get("schema") != SCHEMA or self.attrs.get("length_unit") != "angstrom":
+                raise InputError(
+                    f"{self.path}: attributes schema and length_unit are {self.attrs.get('schema')!r} and "
+                    f"{self.attrs.get('length_unit')!r}, not {SCHEMA!r} and 'angstrom': convert it with data.py"
+                )
+            self._check(file)
+        self.name = str(self.attrs.get("name", Path(self.path).stem))
+
+    def _check(self, file):
+        """Hold every dataset against the schema, and note where in the file it lies."""
+        self.ptr = self._dataset(file, "ptr", "int64", (None,))[:]
+        num_molecules = len(self.ptr) - 1
+        if num_molecules < 1 or self.ptr[0] != 0 or np.diff(self.ptr).min() < 1:
+            raise InputError(f"{self.path}: ptr must start at 0 and rise with every molecule: convert it again")
+        num_atoms = int(self.ptr[-1])
+        expected = {"z": ("uint8", (num_atoms,)), "pos": ("float32", (num_atoms, 3)), "id": ("int64", (num_molecules,))}
+        if "energy" in file:
+            expected["energy"] = ("float64", (num_molecules,))
+        if "forces" in file:
+            expected["forces"] = ("float32", (num_atoms, 3))
+        expected |= {f"y/{name}": ("float64", (num_molecules,)) for name in file.get("y", ())}
+        self.units, self._layout = {}, {}
+        for name, (dtype, shape) in expected.items():
+            dataset = self._dataset(file, name, dtype, shape)
+            if name not in ("z", "pos", "id"):
+                if not isinstance(dataset.attrs.get("unit"), str):
+                    raise InputError(f"{self.path}: dataset {name} has no attribute unit: convert it again")
+                self.units[name.removeprefix("y/")] = dataset.attrs["unit"]
+            # The place of a plain dataset in the file; None (read through h5py) if chunked, compressed or shifted.
+            plain = dataset.chunks is None and not dataset.external and file.userblock_size == 0
+            self._layout[name] = dataset.id.get_offset() if plain and hasattr(os, "pread") else None
+        self.splits = {n: self._dataset(file, f"split/{n}", "int64", (None,))[:] for n in file.get("split", ())}
+        for name, index in self.splits.items():
+            if len(index) == 0 or index.min() < 0 or index.max() >= num_molecules:
+                raise InputError(f"{self.path}: split/{name} is empty or names molecules that are not there")
+
+    def _dataset(self, file, name, dtype, shape):
+        dataset = file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise InputError(f"{self.path}: dataset {name} is missing: convert it again with data.py")
+        fits = len(shape) == dataset.ndim and all(n in (None, m) for n, m in zip(shape, dataset.shape))
+        if dataset.dtype != np.dtype(dtype) or not fits:
+            wanted = f"{dtype} {str(shape).replace('None', 'n')}"
+            raise InputError(f"{self.path}: dataset {name} is {dataset.dtype} {dataset.shape}, expected {wanted}")
+        return dataset
+
+    def __len__(self):
+        return len(self.ptr) - 1
+
+    def __getstate__(self):
+        return self.__dict__ | {"_fd": None, "_file": None}
+
+    @property
+    def ids(self):
+        """(M,) int64, the source's own index of each molecule."""
+        return self._column("id")
+
+    def label(self, name):
+        """A label of every molecule, "energy" or a property such as "gap" -> (M,) float64 in units[name]."""
+        if name not in self.units or name == "forces":
+            known = ", ".join(n for n in self.units if n != "forces") or "none"
+            raise InputError(f"{self.path}: no label {name!r}; the file has: {known}")
+        return self._column(name if name == "energy" else f"y/{name}")
+
+    def _column(self, name):
+        with h5py.File(self.path, "r") as file:
+            return file[name][:]
+
+    def sha256(self):
+        return sha256(self.path)
+
+    def read(self, index, forces=False):
+        """Molecules in the order of index (B,) -> dict of z (N,) int64, pos (N, 3) Å, batch (N,), forces (N, 3)."""
+        index = np.asarray(index, dtype=np.int64).reshape(-1)
+        if len(index) and not (index.min() >= 0 and index.max() < len(self)):
+            raise IndexError(f"{self.path}: molecules are 0 to {len(self) - 1}, asked for {index.min()}..{index.max()}")
+        start, stop = self.ptr[index], self.ptr[index + 1]
+        new_run = np.flatnonzero(np.diff(index, prepend=-2) != 1)  # neighbours in the file are one read
+        runs = list(zip(start[new_run].tolist(), stop[np.append(new_run[1:], len(index)) - 1].tolist()))
+        if len(index) == 0:
+            runs = []
+        z, pos = self._atoms("z", np.uint8, runs), self._atoms("pos", np.float32, runs).reshape(-1, 3)
+        batch = np.repeat(np.arange(len(index)), stop - start)
+        bad = (z == 0) | (z > 118) | ~np.isfinite(pos).all(axis=1)
+        if bad.any():
+            first = index[batch[bad.argmax()]]
+            raise InputError(f"{self.path}: molecule {first} has a non-finite position or an atomic number beyond 1..118")
+        arrays = {"z": z.astype(np.int64), "pos": pos, "batch": batch}
+        if forces:
+            if "forces" not in self.units:
+                raise InputError(f"{self.path}: the file has no forces")
+            arrays["forces"] = self._atoms("forces", np.float32, runs).reshape(-1, 3)
+        return {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+    def _atoms(self, name, dtype, runs):
+        """Rows start:stop of a per-atom dataset, run after run -> flat array."""
+        if not runs:
+            return np.empty(0, dtype)
+        if self._layout[name] is None:
+            if self._file is None or self._file[0] != os.getpid():  # an HDF5 handle must not cross a fork
+                self._file = os.getpid(), h5py.File(self.path, "r")
+            return np.concatenate([self._file[1][name][start:stop] for start, stop in runs]).ravel()
+        # pread, not a memory map: touched pages then count for the system's cache, not for this process.
+        self._fd = self._fd or open(self.path, "rb", buffering=0)  # noqa: SIM115
+        fd, offset, size = self._fd.fileno(), self._layout[name], np.dtype(dtype).itemsize * (1 if name == "z" else 3)
+        data = bytearray().join([os.pread(fd, (b - a) * size, offset + a * size) for a, b in runs])
+        if len(data) != size * sum(b - a for a, b in runs):
+            raise InputError(f"{self.path}: dataset {name} ends early: the file was cut off or changed while in use")
+        return np.frombuffer(data, dtype)
+
+
+# --- order: a function of (seed, step), nothing to store ---
+
+
+def epoch_order(num, seed, epoch):
+    """Order of num items in an epoch -> (num,) int64 permutation."""
+    return np.random.default_rng([seed, epoch]).permutation(num)
+
+
+def split_indices(num, sizes, seed=1):
+    """Random disjoint parts of range(num), e.g. QM9's sizes (110_000, 10_000, -1); -1 or None takes the rest."""
+    fixed = sum(size for size in sizes if size not in (-1, None))
+    if fixed > num or sum(size in (-1, None) for size in sizes) > 1:
+        raise InputError(f"cannot split {num} molecules into parts of {list(sizes)}")
+    sizes = [num - fixed if size in (-1, None) else size for size in sizes]
+    order = np.random.default_rng(seed).permutation(num)
+    return [order[stop - size : stop] for size, stop in zip(sizes, np.cumsum(sizes))]
+
+
+class StepBatches(torch.utils.data.Dataset):
+    """What one rank needs for an optimizer step, by the number of the step: a list of `micro` parts.
+
+    Each part is Molecules.read's dict plus index (b,) int64, num_molecules, and its place in the global batch, so that
+    noise can be drawn for the global batch and sliced: first_atom, global_atoms. An incomplete last batch is dropped.
+    Use as DataLoader(StepBatches(...), batch_size=None, sampler=range(start, stop), num_workers=k).
+    """
+
+    def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, micro=1):
+        self.molecules, self.index = molecules, np.asarray(index, dtype=np.int64)
+        self.batch_size, self.seed, self.rank, self.world, self.micro = batch_size, seed, rank, world, micro
+        if batch_size < 1 or batch_size % (world * micro):
+            message = f"batch_size {batch_size} must be a multiple of ranks x accumulation parts = {world} x {micro}"
+            raise InputError(message, code=2)
+        if batch_size > len(self.index):
+            raise InputError(f"batch_size {batch_size} is more than the {len(self.index)} molecules of {molecules.path}")
+        self.steps_per_epoch = len(self.index) // batch_size
+        self._epoch = self._order = None
+
+    def __getitem__(self, step):
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self.index[epoch_order(len(self.index), self.seed, epoch)]
+        whole = self._order[place * self.batch_size : (place + 1) * self.batch_size]  # the same on every rank
+        first_atom = np.concatenate([[0], np.cumsum(self.molecules.ptr[whole + 1] - self.molecules.ptr[whole])])
+        size = self.batch_size // (self.world * self.micro)
+        parts = []
+        for start in range(self.rank * self.micro * size, (self.rank + 1) * self.micro * size, size):
+            part = self.molecules.read(whole[start : start + size])
+            part |= {"index": torch.tensor(whole[start : start + size]), "num_molecules": size}
+            part |= {"first_atom": int(first_atom[start]), "global_atoms": int(first_atom[-1])}
+            parts.append(part)
+        return parts
+
+
+# --- writing: a stream of molecules -> one file, whole or not at all ---
+#
+# A molecule on its way is a dict: id, z (n,), pos (n, 3) Å, labels {dataset: value}, split (names); one that cannot be
+# used is {id, skip: cause}.
+
+
+def flaw(z, pos, labels):
+    """Why a molecule must not be trained on, or ""; z (n,) int, pos (n, 3) float32 Å."""
+    if len(z) == 0:
+        return "no atoms"
+    if z.min() < 1 or z.max() > 118:
+        return "an element that does not exist"
+    if not np.isfinite(pos).all():
+        return "a coordinate that is not finite"
+    if len(z) > 1 and torch.pdist(torch.from_numpy(pos)).min() < MIN_DISTANCE:
+        return f"two atoms closer than {MIN_DISTANCE} Å"
+    if not all(np.isfinite(value).all() for value in labels.values()):
+        return "a label that is not finite"
+    return ""
+
+
+def write_h5(out, molecules, attrs, units):
+    """Stream molecules into a new file of the schema -> (molecules, atoms, {cause: (count, first ids)}) written."""
+    per_molecule = {"id": array("q"), "ptr": array("q", [0])}  # 8 bytes a molecule and label: these fit in memory
+    splits, skipped, labels = {}, {}, None
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, ExitStack() as stack:
+        per_atom = {name: stack.enter_context(open(f"{folder}/{name}", "w+b")) for name in ("z", "pos", "forces")}
+        for mol in molecules:
+            cause = mol.get("skip")
+            if not cause:
+                mol["pos"] = np.ascontiguousarray(mol["pos"], dtype=np.float32)
+                cause = flaw(mol["z"], mol["pos"], mol["labels"])
+            if cause:
+                count, first = skipped.get(cause, (0, []))
+                skipped[cause] = count + 1, first + [mol["id"]] if count < 5 else first
+                continue
+            if labels is None:
+                labels = sorted(mol["labels"])
+                per_molecule |= {name: array("d") for name in labels if name != "forces"}
+            if sorted(mol["labels"]) != labels:
+                have, before = sorted(mol["labels"]) or "no labels", labels or "no labels"
+                raise InputError(f"molecule {mol['id']} has {have}, those before it {before}: convert them apart")
+            for name in mol.get("split", ()):
+                splits.setdefault(name, array("q")).append(len(per_molecule["id"]))
+            per_molecule["id"].append(mol["id"])
+            per_molecule["ptr"].append(per_molecule["ptr"][-1] + len(mol["z"]))
+            per_atom["z"].write(mol["z"].astype(np.uint8).tobytes())
+            per_atom["pos"].write(mol["pos"].tobytes())
+            for name, value in mol["labels"].items():
+                if name == "forces":
+                    per_atom["forces"].write(np.asarray(value, dtype=np.float32).tobytes())
+                else:
+                    per_molecule[name].append(value)
+        num_molecules, num_atoms = len(per_molecule["id"]), per_molecule["ptr"][-1]
+        if num_molecules == 0:
+            why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
+            raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
+        if "forces" not in labels:
+            del per_atom["forces"]
+        with h5py.File(f"{folder}/out.h5", "w") as file:
+            file.attrs.update({"schema": SCHEMA, "length_unit": "angstrom"} | attrs)
+            for name, part in per_atom.items():
+                copy_part(part, file, name, num_atoms)
+            for name, values in per_molecule.items():
+                file[name] = np.frombuffer(values, dtype="float64" if values.typecode == "d" else "int64")
+            for name, values in splits.items():
+                file[f"split/{name}"] = np.frombuffer(values, dtype="int64")
+            for name in labels:
+                file[name].attrs["unit"] = units[name]
+        os.replace(f"{folder}/out.h5", out)
+    return num_molecules, num_atoms, skipped
+
+
+def copy_part(part, file, name, num_atoms, rows=1 << 20):
+    """Copy a raw temporary file into a contiguous dataset, a million rows at a time."""
+    dtype, shape = (np.uint8, (num_atoms,)) if name == "z" else (np.float32, (num_atoms, 3))
+    dataset = file.create_dataset(name, shape, dtype)
+    part.seek(0)
+    for start in range(0, num_atoms, rows):
+        piece = np.frombuffer(part.read(rows * np.dtype(dtype).itemsize * (1 if name == "z" else 3)), dtype)
+        dataset[start : start + rows] = piece.reshape(-1, *shape[1:])
+
+
+# --- raw files: containers ---
+
+
+@contextmanager
+def readable(path):
+    """Whatever goes wrong while reading a raw file becomes one line that names it."""
+    try:
+        yield
+    except (
+        *(EOFError, OSError, LookupError, ValueError, zlib.error, lzma.LZMAError, csv.Error),
+        *(tarfile.TarError, zipfile.BadZipFile, NotImplementedError),
+    ) as error:
+        message = f"{path}: damaged, cut off or not the right kind of file ({type(error).__name__}: {error})"
+        raise InputError(message) from error
+
+
+def need(module, purpose):
+    """Import an optional package, or say what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise InputError(f"{purpose} needs the package {package}: pip install {package}") from error
+
+
+def open_raw(path):
+    """Open a plain, .gz, .bz2 or .xz file for reading bytes; the first bytes tell which."""
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+    return next((opener for key, opener in openers.items() if magic.startswith(key)), open)(path, "rb")
+
+
+def tar_members(path):
+    """(name, file object) of each file of a tar archive, in one pass."""
+    with open_raw(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name, tar.extractfile(member)
+        # tarfile takes a cut-off or broken header for the end; a whole archive ends in blocks of zeros, and only there.
+        ended = tar.fileobj.tell() - tar.offset == tarfile.BLOCKSIZE
+        if not ended or any(piece.strip(b"\0") for piece in iter(lambda: tar.fileobj.read(1 << 20), b"")):
+            raise EOFError("the archive ends early")
+
+
+def sdf_blocks(file):
+    """Molecules of an SDF byte stream, as text from the title line on, without the closing $$$$."""
+    tail = b"\n"  # each block then starts with the line end of the one before
+    while piece := file.read(1 << 20):
+        *blocks, tail = (tail + piece).split(b"\n$$$$")
+        for block in blocks:
+            yield block.partition(b"\n")[2].decode(errors="replace").replace("\r\n", "\n")
+    if tail.strip():
+        raise EOFError("the last molecule has no closing $$$$")
+
+
+def quiet_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
+
+
+def parallel(function, items, chunk=256):
+    """Results of function(list of items) -> list, over all cores; in order, with few chunks in flight at a time."""
+    items = iter(items)
+    chunks = iter(lambda: list(itertools.islice(items, chunk)), [])
+    first = next(chunks, [])
+    if len(first) < chunk:
+        yield from function(first)
+        return
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, initializer=quiet_worker) as pool:
+        pending = deque()
+        for piece in itertools.chain([first], chunks):
+            pending.append(pool.submit(function, piece))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+# --- raw files: one molecule ---
+
+
+def number(text):
+    """A float as Python, Fortran or Mathematica write it: 1.5e-6, 1.5*^-6."""
+    return float(text.replace("*^", "e"))
+
+
+def xyz_atoms(rows):
+    """Rows [symbol, x, y, z, ...] -> z (n,) int64, pos (n, 3) float64; an unknown symbol is 0."""
+    z = np.array([ATOMIC_NUMBER.get(row[0], 0) for row in rows], dtype=np.int64)
+    return z, np.array([[number(text) for text in row[1:4]] for row in rows]).reshape(-1, 3)
+
+
+def parse_xyz(items):
+    """[(id, text of an xyz file)] -> molecules; a comment line after the number of atoms may be missing or empty."""
+    molecules = []
+    for key, text in items:
+        try:
+            rows = [line.split() for line in text.decode().splitlines() if line.strip()]
+            first = len(rows) - int(rows[0][0])
+            if first not in (1, 2):
+                raise ValueError("more or fewer atoms than the first line says")
+            z, pos = xyz_atoms(rows[first:])
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}})
+        except (ValueError, IndexError):
+            molecules.append({"id": key, "skip": "not readable as xyz"})
+    return molecules
+
+
+def parse_sdf(items):
+    """[(id, SDF block)] -> molecules, hydrogens kept."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")
+    molecules = []
+    for key, block in items:
+        lines = block.split("\n", 2)
+        # Unsanitized: charges and valences are no matter here, and RDKit's opinion of them would cost molecules.
+        mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        if mol is None:
+            molecules.append({"id": key, "skip": "RDKit cannot read it"})
+        elif len(lines) > 1 and lines[1][20:22] == "2D":
+            molecules.append({"id": key, "skip": "drawn in 2D: no geometry"})
+        else:
+            z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
+            pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}})
+    return molecules
+
+
+# --- raw files: data sets ---
+
+
+def qm9_labels(values):
+    """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value in the unit of QM9_LABELS}."""
+    factor = {"eV": HAR2EV}
+    return {f"y/{name}": value * factor.get(unit, 1) for (name, unit, *_), value in zip(QM9_LABELS, values, strict=True)}
+
+
+def table(file, columns, path):
+    """Rows of a csv file as dicts, once it is known to have the columns."""
+    rows = csv.DictReader(file)
+    if missing := [column for column in columns if column not in (rows.fieldnames or ())]:
+        raise InputError(f"{path}: no column {', '.join(missing)}: is it the right file?")
+    return rows
+
+
+def read_qm9_wheel(raw):
+    columns = [column for *_, column, _ in QM9_LABELS]
+    with zipfile.ZipFile(raw) as wheel:
+        members = sorted(name for name in wheel.namelist() if re.search(r"qm9_part\d+\.csv$", name))
+        if not members:
+            raise InputError(f"{raw}: no qm9_part*.csv inside: is it the wheel of qm9pack 1.0.3?")
+        for member in members:
+            with io.TextIOWrapper(wheel.open(member), newline="") as file:
+                for row in table(file, ["Index", "Elements", "XYZ_Ang", *columns], f"{raw}/{member}"):
+                    symbols = re.findall("[A-Za-z]+", row["Elements"])
+                    numbers = [number(text) for text in row["XYZ_Ang"].translate({91: None, 93: None}).split(",")]  # [ ]
+                    z, pos = np.array([ATOMIC_NUMBER[s] for s in symbols]), np.array(numbers).reshape(len(symbols), 3)
+                    labels = qm9_labels([number(row[column]) for column in columns])
+                    yield {"id": int(row["Index"]), "z": z, "pos": pos, "labels": labels}
+
+
+def read_qm9_tar(raw):
+    for name, file in tar_members(raw):
+        if name.endswith(".xyz"):
+            lines = file.read().decode().splitlines()
+            try:
+                num, (tag, key, *values) = int(lines[0]), lines[1].split()
+                if tag != "gdb" or len(lines) < num + 2:
+                    raise ValueError("no `gdb` line or too few atoms")
+                z, pos = xyz_atoms([line.split() for line in lines[2 : num + 2]])
+                labels = qm9_labels([number(text) for text in values])
+            except (ValueError, IndexError) as error:
+                raise InputError(f"{raw}: {name} is not an xyz file of QM9 ({error})") from error
+            yield {"id": int(key), "z": z, "pos": pos, "labels": labels}
+
+
+def read_qm9_sdf(sdf, properties):
+    columns = [column for *_, column in QM9_LABELS]
+    with open_raw(sdf) as file, open(properties, newline="") as rows:
+        pairs = itertools.zip_longest(sdf_blocks(file), table(rows, ["mol_id", *columns], properties))
+        for block, row in pairs:
+            lines = block.split("\n") if block else ["the end"]
+            title = lines[0].strip()
+            if not row or title != row["mol_id"]:
+                there = row["mol_id"] if row else "the end"
+                raise InputError(f"{sdf} and {properties} do not belong together: {title} here is {there} there")
+            num = int(lines[3][:3])
+            # V2000: columns of ten characters, then the symbol
+            rows_of = [(line[31:34].strip(), line[:10], line[10:20], line[20:30]) for line in lines[4 : num + 4]]
+            z, pos = xyz_atoms(rows_of)
+            labels = qm9_labels([number(row[column]) for column in columns])
+            yield {"id": int(title.removeprefix("gdb_")), "z": z, "pos": pos, "labels": labels}
+
+
+def read_qm9(*raws):
+    """The wheel of qm9pack, the archive of xyz files, or SDF and csv; a list of ids (.txt) to leave out may be added."""
+    kinds = {".txt": [], ".whl": [], ".tar": [], ".sdf": [], ".csv": []}
+    for raw in raws:
+        kind = ".tar" if re.search(r"\.tar(\.\w+)?$", raw.name) else raw.suffix
+        kinds.get(kind, kinds[".tar"]).append(raw)
+    listed, wheel, tar, sdf, properties = kinds.values()
+    if [len(kinds[k]) for k in (".whl", ".tar", ".sdf", ".csv")] == [1, 0, 0, 0]:
+        molecules = read_qm9_wheel(*wheel)
+    elif [len(kinds[k]) for k in (".whl", ".tar", ".sdf", ".csv")] == [0, 1, 0, 0]:
+        molecules = read_qm9_tar(*tar)
+    elif [len(kinds[k]) for k in (".whl", ".tar", ".sdf", ".csv")] == [0, 0, 1, 1]:
+        molecules = read_qm9_sdf(*sdf, *properties)
+    else:
+        expected = "qm9pack-*.whl, dsgdb9nsd.xyz.tar.bz2, or gdb9.sdf with gdb9.sdf.csv; uncharacterized.txt may be added"
+        raise InputError(f"qm9 takes {expected}; got {' '.join(raw.name for raw in raws)}", code=2)
+    dropped = set()
+    for path in listed:
+        with readable(path):
+            first = [line.split()[:1] for line in path.read_text().splitlines()]
+        dropped |= {int(words[0]) for words in first if words and words[0].isdigit()}
+        if not dropped:
+            raise InputError(f"{path}: no line starts with the number of a molecule: is it uncharacterized.txt?")
+    for mol in molecules:
+        yield {"id": mol["id"], "skip": "on the list of uncharacterized molecules"} if mol["id"] in dropped else mol
+
+
+def read_pcqm4mv2(raw):
+    """The SDF in its tar.gz (id: place in the file, OGB's index) or the zip of xyz files (id: name of the file)."""
+    if raw.suffix == ".zip":
+        with zipfile.ZipFile(raw) as archive:
+            names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
+            names = sorted((int(stem), name) for stem, name in names if stem.isdigit())
+            yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
+        return
+    need("rdkit.Chem", "reading SDF")
+    found = False
+    for name, file in tar_members(raw):
+        if name.endswith(".sdf"):
+            if found:
+                raise InputError(f"{raw}: more than one .sdf inside: is it pcqm4m-v2-train.sdf.tar.gz?")
+            found = True
+            yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
+
+
+def read_sdf(raw):
+    """A plain or compressed SDF; id: the title line where it is a number, else the place in the file."""
+    need("rdkit.Chem", "reading SDF")
+    with open_raw(raw) as file:
+        titled = ((block.partition("\n")[0].strip(), k, block) for k, block in enumerate(sdf_blocks(file)))
+        yield from parallel(parse_sdf, ((int(t) if re.fullmatch(r"\d{1,18}", t) else k, b) for t, k, b in titled))
+
+
+def read_npz(raw, keys, index=None):
+    """Frames of one molecule; keys of z (n,), pos (T, n, 3), energy (T,) or (T, 1), forces (T, n, 3), and ids (T,)."""
+    if not zipfile.is_zipfile(raw):
+        raise InputError(f"{raw}: not an npz file, or cut off")
+    with np.load(raw, allow_pickle=False) as arrays:
+        if missing := [key for key in (*keys, index) if key and key not in arrays]:
+            raise InputError(f"{raw}: no {', '.join(missing)} among its arrays {', '.join(arrays)}: wrong SOURCE?")
+        z, pos, energy, forces = (arrays[key] for key in keys)
+        ids = arrays[index] if index else np.arange(len(pos))
+    shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
+    if not shapes or energy.shape not in ((len(ids),), (len(ids), 1)):
+        said = ", ".join(f"{key} {a.shape}" for key, a in zip(keys, (z, pos, energy, forces)))
+        raise InputError(f"{raw}: shapes that do not fit each other: {said}")
+    if any(values.dtype.kind not in "iuf" for values in (z, pos, energy, forces, ids)):
+        raise InputError(f"{raw}: arrays that are not numbers")
+    for key, frame, e, f in zip(ids, pos, energy.reshape(-1), forces):
+        yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": {"energy": float(e), "forces": f}}
+
+
+def read_xyz(raw):
+    """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
+    ase = need("ase.io", "reading extended xyz")
+    for key, atoms in enumerate(ase.iread(str(raw), index=":", format="extxyz")):
+        if atoms.pbc.any():
+            yield {"id": key, "skip": "periodic: not a molecule"}
+            continue
+        known = dict(atoms.calc.results if atoms.calc else {})
+        known |= {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
+        labels = {name: known[name] for name in ("energy", "forces") if name in known}
+        yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
+
+
+KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
+EV = {"energy": "eV", "forces": "eV/angstrom"}
+MD17_KEYS, RMD17_KEYS = ("z", "R", "E", "F"), ("nuclear_charges", "coords", "energies", "forces")
+SOURCES = {  # reader of one raw file (qm9: of all), name, units, license and attribution
+    "qm9": (
+        read_qm9,
+        "QM9",
+        {f"y/{name}": unit for name, unit, *_ in QM9_LABELS},
+        "CC0 1.0",
+        "R. Ramakrishnan, P. O. Dral, M. Rupp, O. A. von Lilienfeld, Sci. Data 1, 140022 (2014)",
+    ),
+    "pcqm4mv2": (
+        read_pcqm4mv2,
+        "PCQM4Mv2",
+        {},
+        "CC BY 4.0",
+        "W. Hu et al., OGB-LSC, arXiv:2103.09430 (2021); M. Nakata, T. Shimazaki, J. Chem. Inf. Model. 57, 1300 (2017)",
+    ),
+    "sdf": (read_sdf, "", {}, "", ""),
+    "md17": (
+        partial(read_npz, keys=MD17_KEYS),
+        "MD17",
+        KCAL,
+        "",
+        "S. Chmiela, A. Tkatchenko, H. E. Sauceda, I. Poltavsky, K. T. Schütt, K.-R. Müller, Sci. Adv. 3, e1603015 (2017)",
+    ),
+    "rmd17": (
+        partial(read_npz, keys=RMD17_KEYS, index="old_indices"),
+        "rMD17",
+        KCAL,
+        "CC0 1.0",
+        "A. S. Christensen, O. A. von Lilienfeld, Mach. Learn.: Sci. Technol. 1, 045018 (2020)",
+    ),
+    "md22": (
+        partial(read_npz, keys=MD17_KEYS),
+        "MD22",
+        KCAL,
+        "",
+        "S. Chmiela et al., Sci. Adv. 9, eadf0873 (2023)",
+    ),
+    "xyz": (read_xyz, "", EV, "", ""),
+}
+
+
+# --- commands ---
+
+
+def stem(path):
+    """md17_aspirin.npz -> md17_aspirin, DFT.sdf.gz -> DFT."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def read_source(source, raws):
+    """Every molecule of the raw files, in order; several files become named splits."""
+    read = SOURCES[source][0]
+    groups = [raws] if source == "qm9" else [[raw] for raw in raws]
+    for group in groups:
+        with readable(group[0]):
+            for mol in read(*group):
+                yield mol | {"split": (stem(group[0]),)} if len(groups) > 1 else mol
+
+
+def check_out(out):
+    """Refuse a file that cannot or must not be written, before hours of work."""
+    if out.suffix != ".h5":
+        raise InputError(f"the file to write must end in .h5, got {out}", code=2)
+    if out.exists():
+        raise InputError(f"{out} exists: remove it or choose another name")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent}: no such folder to write {out.name} in: create it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{out.parent}: no permission to write {out.name} there")
+
+
+def save(out, molecules, attrs, units):
+    """write_h5 with a progress bar on a terminal, and a report of what was written and skipped."""
+    begun = time.perf_counter()
+    try:
+        written, atoms, skipped = write_h5(out, tqdm(molecules, unit=" molecules", disable=None), attrs, units)
+    except OSError as error:  # reading has its own errors by now
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    seconds, size = time.perf_counter() - begun, out.stat().st_size / 1e6
+    print(f"{out}: {written:,} molecules, {atoms:,} atoms, {size:.1f} MB, in {seconds:.1f} s")
+    labels = Molecules(out).units
+    print("  labels: " + (", ".join(f"{name} [{unit}]" for name, unit in labels.items()) or "none, geometries only"))
+    for cause, (count, first) in sorted(skipped.items()) or [("nothing", (0, []))]:
+        ids = f" (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})" if count else ""
+        print(f"  skipped {count:,}: {cause}{ids}" if count else "  skipped 0")
+
+
+def convert(source, raws, out):
+    """python data.py SOURCE RAW [RAW ...] OUT.h5"""
+    raws, out = [Path(raw) for raw in raws], Path(out)
+    check_out(out)
+    for raw in raws:
+        if raw.suffix == ".h5":
+            raise InputError(f"{raw} comes before {out}: only the last argument is the file to write", code=2)
+        with readable(raw):
+            open(raw, "rb").close()
+    if source == "pcqm4mv2" and len(raws) > 1:
+        raise InputError("pcqm4mv2 takes one raw file", code=2)
+    if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
+        raise InputError("two raw files have the same name, and names become splits: rename one", code=2)
+    _, name, units, license_, attribution = SOURCES[source]
+    stems = " ".join(stem(raw) for raw in raws)
+    attrs = {
+        "name": name if source in ("qm9", "pcqm4mv2") else f"{name} {stems}".strip(),
+        "source": " ".join(raw.name for raw in raws),
+        "source_sha256": " ".join(sha256(raw) for raw in raws),
+        "command": f"python data.py {source} {' '.join(raw.name for raw in raws)} {out.name}",
+    }
+    if raws[0].suffix == ".whl":
+        license_, attribution = "CC0 1.0 (QM9), MIT (qm9pack)", f"{attribution}; via qm9pack 1.0.3, R. Ramakrishnan"
+    attrs |= {key: value for key, value in (("license", license_), ("attribution", attribution)) if value}
+    save(out, read_source(source, raws), attrs, units)
+
+
+def sample(path, out, num=None, seed=None):
+    """python data.py sample FILE.h5 OUT.h5 num=2000 seed=1: molecules drawn without replacement, in the file's order"""
+    molecules, out = Molecules(path), Path(out)
+    check_out(out)
+    if not 1 <= num <= len(molecules):
+        raise InputError(f"num={num}: {path} has {len(molecules)} molecules", code=2)
+    index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
+    names = [name for name in molecules.units if name != "forces"]
+    columns = {name if name == "energy" else f"y/{name}": molecules.label(name)[index] for name in names}
+    forces, ids = "forces" in molecules.units, molecules.ids
+
+    def stream():
+        for k, m in enumerate(index):
+            atoms = molecules.read([m], forces=forces)
+            labels = {name: column[k] for name, column in columns.items()}
+            labels |= {"forces": atoms["forces"].numpy()} if forces else {}
+            split = [name for name, members in molecules.splits.items() if m in members]
+            yield {"id": ids[m], "z": atoms["z"].numpy(), "pos": atoms["pos"].numpy(), "labels": labels, "split": split}
+
+    attrs = molecules.attrs | {"name": f"{molecules.name}, {num} of {len(molecules)} molecules, seed {seed}"}
+    command = f"python data.py sample {Path(path).name} {out.name} num={num} seed={seed}"
+    attrs["command"] = f"{molecules.attrs.get('command', '')}\n{command}".strip()
+    units = {name if name in EV else f"y/{name}": unit for name, unit in molecules.units.items()}
+    save(out, stream(), attrs, units)
+
+
+def info(path, looked_at=10_000):
+    """python data.py info FILE.h5"""
+    m = Molecules(path)
+    counts, elements, forces = np.diff(m.ptr), np.zeros(119, dtype=np.int64), []
+    for start in range(0, len(m), looked_at):  # every atom: Molecules.read refuses what is not finite
+        atoms = m.read(range(start, min(start + looked_at, len(m))), forces="forces" in m.units)
+        elements += np.bincount(atoms["z"], minlength=119)
+        if "forces" in m.units:
+            f = atoms["forces"].double()
+            forces.append((f.numel(), f.square().sum().item(), f.abs().max().item()))
+    chosen = np.unique(np.linspace(0, len(m) - 1, min(len(m), looked_at)).astype(np.int64))
+    nearest, pairs = [], 0
+    for k in chosen:
+        distance = torch.pdist(m.read([k])["pos"])
+        nearest.append(distance.min().item() if len(distance) else np.inf)
+        pairs += (distance < 5).sum().item()
+    which = "all molecules" if len(chosen) == len(m) else f"{len(chosen):,} evenly spaced molecules"
+    kinds = ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements))
+    size = f"{len(m):,} molecules, {m.ptr[-1]:,} atoms, {os.path.getsize(path) / 1e6:.1f} MB"
+    lines = [("name", m.name), ("size", size)]
+    lines += [("atoms", f"{counts.min()} to {counts.max()} per molecule, mean {counts.mean():.1f}"), ("elements", kinds)]
+    lines += [("pairs", f"{pairs / len(chosen):.1f} per molecule within 5 Å ({which})")]
+    close = " - CHECK: too close for a molecule" if min(nearest) < MIN_DISTANCE else ""
+    lines += [("closest", f"{min(nearest):.3f} Å in molecule {chosen[np.argmin(nearest)]} ({which}){close}")]
+    lines += [("splits", ", ".join(f"{name} {len(index):,}" for name, index in m.splits.items()) or "none")]
+    for key in ("source", "source_sha256", "command", "license", "attribution"):
+        lines += [(key, line) for line in str(m.attrs.get(key, "not stated")).split("\n")]
+    lines += [("sha256", m.sha256())]
+    for key, text in lines:
+        print(f"{key:14} {text}")
+    print("\n" + f"{'label':14} {'unit':17} {'mean':>16} {'std':>14} {'min':>16} {'max':>16}" if m.units else "no labels")
+    for name in m.units:
+        if name == "forces":
+            rms = np.sqrt(sum(s for _, s, _ in forces) / sum(n for n, _, _ in forces))
+            stats = f"{'':16} {rms:14.6g} {'':16} {max(f for *_, f in forces):16.10g}  (rms and largest component)"
+        else:
+            values = m.label(name)
+            if not np.isfinite(values).all():
+                raise InputError(f"{path}: label {name} of molecule {np.isfinite(values).argmin()} is not finite")
+            stats = f"{values.mean():16.10g} {values.std():14.6g} {values.min():16.10g} {values.max():16.10g}"
+        print(f"{name:14} {m.units[name]:17} {stats}")
+
+
+def main(argv):
+    usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 (SOURCE: {' '.join(SOURCES)}), or info FILE.h5, or "
+    usage += "sample FILE.h5 OUT.h5 num=2000 seed=1; --help says more"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped cleans up as Ctrl-C does
+    match argv:
+        case ["-h" | "--help", *_]:
+            print(__doc__.strip())
+        case ["info", path]:
+            info(path)
+        case ["sample", path, out, num, seed] if re.fullmatch(r"num=\d+ seed=\d+", f"{num} {seed}"):
+            sample(path, out, int(num[4:]), int(seed[5:]))
+        case [source, *raws, out] if source in SOURCES and raws:
+            convert(source, raws, out)
+        case _:
+            raise InputError(usage, code=2)
+
+
+if __name__ == "__main__":
+    cli(main)

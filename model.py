@@ -1,0 +1,630 @@
+"""The network and the method of GeoRecon, in one file that needs nothing but torch.
+
+GeoRecon (Yan, Li, Zhang: "GeoRecon: Graph-Level Representation Learning for 3D Molecules via
+Reconstruction-Based Pretraining") pretrains the equivariant transformer of TorchMD-NET (Tholke & De Fabritiis,
+arXiv:2202.02541) on 3D geometries alone. This file reads from leaf to root:
+
+    1  graph operations      scatter_sum, radius_graph
+    2  radial functions      cosine_cutoff, ExpNormalSmearing, NeighborEmbedding
+    3  attention             EquivariantMultiHeadAttention
+    4  vector norms          RMSVectorNorm, WhitenVectorNorm
+    5  encoder               ModelConfig, EquivariantTransformer
+    6  heads                 GatedEquivariantBlock, EquivariantScalar, EquivariantVectorOutput
+    7  the method            GraphPooling, GraphReconstructionDecoder, Pretraining (every loss beside its equation)
+    8  checkpoints           load_representation, load_encoder
+
+    N  atoms in the batch       z (N,) atomic numbers, pos (N, 3) in Angstrom, batch (N,) molecule of each atom, sorted
+    B  molecules in the batch   graph_emb (B, F)
+    P  unordered pairs          edge_index (2, P) = [source j, target i] with i < j; edge_weight (P,) distance
+    F  channels                 x (N, F) invariant, vec (N, 3, F) equivariant: vec(pos R^T) = R vec(pos)
+    K  radial functions         edge_attr (P, K)
+    H  attention heads of D = F / H channels
+
+`python model.py` builds the encoder, prints what it returns and how exactly it turns with a molecule.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss, silu
+
+# ---------------------------------------------------------------- 1  graph operations
+
+
+def scatter_sum(src, index, size):
+    """Sum the rows of src (E, ...) that share an index (E,) -> (size, ...)."""
+    return src.new_zeros(size, *src.shape[1:]).index_add_(0, index, src)
+
+
+@torch.no_grad()
+def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
+    """Every pair of atoms of one molecule closer than cutoff, once: pos (N, 3), batch (N,) -> edge_index (2, P).
+
+    edge_index = [source j, target i] with i < j, sorted by target, then by source. The published, directed form is
+    cat([edge_index, edge_index.flip(0), self-loops], dim=1); a filter that depends on the distance alone is the same
+    for both directions, so we compute it once for the two. Memory grows with the pairs inside molecules, not with N^2.
+
+    DEVIATION: no neighbour cap. Table 13's 32 keeps whichever neighbours come first in the atom order, which breaks
+    permutation symmetry; max_num_neighbors > 0 is a bound (self included, as upstream) that is checked, never a cut.
+    """
+    if (batch[1:] < batch[:-1]).any():
+        raise ValueError("radius_graph: batch must be sorted, the atoms of a molecule side by side")
+    atom = torch.arange(len(pos), device=pos.device)
+    num_later = torch.searchsorted(batch, batch, right=True) - 1 - atom  # (N,) atoms after i in its molecule
+    i = atom.repeat_interleave(num_later)  # (C,) candidates: all pairs i < j of a molecule
+    start = num_later.cumsum(0) - num_later
+    j = torch.arange(len(i), device=pos.device) - start[i] + i + 1
+    near = (pos[i] - pos[j]).square().sum(-1) < cutoff**2
+    edge_index = torch.stack([j[near], i[near]])  # (2, P)
+    if max_num_neighbors:
+        degree = 1 + torch.bincount(edge_index.flatten(), minlength=len(pos))
+        if (most := degree.max().item()) > max_num_neighbors:
+            raise ValueError(
+                f"max_num_neighbors = {max_num_neighbors}, but an atom has {most} neighbours (itself included) within "
+                f"{cutoff} Angstrom: raise it, or set 0 for no bound"
+            )
+    return edge_index
+
+
+def safe_norm(vec, dim):
+    """Euclidean norm with finite first and second derivatives at the zero vector.
+
+    UPSTREAM torchmd-net/models/utils.py:626-645 masks the zero instead, which leaves an arbitrary direction where a
+    symmetry makes vec vanish up to rounding (the carbon of CO2); this shifts the norm by rounding only.
+    """
+    return (vec.square().sum(dim) + torch.finfo(vec.dtype).eps).sqrt()
+
+
+# ---------------------------------------------------------------- 2  radial functions
+
+
+def linear(x, weight, bias=None):
+    """x W^T + b. Under torch.autocast the product alone runs in bfloat16: all else keeps the precision of x."""
+    return nn.functional.linear(x, weight, bias).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear with TorchMD-NET's initialisation: Xavier uniform weights, zero bias."""
+
+    def reset_parameters(self):
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def cosine_cutoff(distance, cutoff):
+    """C(d) = (cos(pi d / cutoff) + 1) / 2 for d < cutoff; radius_graph lets no longer distance through."""
+    return 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1)
+
+
+class ExpNormalSmearing(nn.Module):
+    """rbf_k(d) = C(d) exp(-beta_k (exp(-5 d / cutoff) - mu_k)^2): distance (P,) -> (P, K)."""
+
+    def __init__(self, cutoff, num_rbf):
+        super().__init__()
+        self.cutoff = cutoff
+        self.register_buffer("means", torch.linspace(math.exp(-cutoff), 1, num_rbf))
+        self.register_buffer("betas", torch.full((num_rbf,), (2 / num_rbf * (1 - math.exp(-cutoff))) ** -2))
+
+    def forward(self, distance):
+        distance = distance.unsqueeze(-1)  # (P, 1)
+        decay = torch.exp(distance * (-5.0 / self.cutoff))
+        return cosine_cutoff(distance, self.cutoff) * torch.exp(-self.betas * (decay - self.means).square())
+
+
+class Graph(NamedTuple):
+    """What the layers know of the geometry: the pairs within the cutoff, and the self-loop that all atoms share."""
+
+    i: torch.Tensor  # (P,) target of the first direction; the second direction runs from i to j
+    j: torch.Tensor  # (P,) source of the first direction
+    unit: torch.Tensor  # (P, 3) (pos_j - pos_i) / distance
+    cutoff: torch.Tensor  # (P, 1) C(distance)
+    edge_attr: torch.Tensor  # (P, K) rbf(distance)
+    self_attr: torch.Tensor  # (1, K) rbf(0): a self-loop has distance 0, C = 1 and no direction
+
+
+class NeighborEmbedding(nn.Module):
+    """x_i <- W_c [x_i || sum_{j != i} C(d_ij) (W_d rbf(d_ij)) * emb(z_j)]: (N, F) -> (N, F)."""
+
+    def __init__(self, channels, num_rbf, max_z):
+        super().__init__()
+        self.embedding = nn.Embedding(max_z, channels)
+        self.distance_proj = Linear(num_rbf, channels)
+        self.combine = Linear(2 * channels, channels)
+
+    def forward(self, z, x, graph):
+        neighbor = self.embedding(z)  # (N, F)
+        filters = self.distance_proj(graph.edge_attr) * graph.cutoff  # (P, F)
+        total = scatter_sum(neighbor.index_select(0, graph.j) * filters, graph.i, len(z))
+        total.index_add_(0, graph.j, neighbor.index_select(0, graph.i) * filters)
+        return self.combine(torch.cat([x, total], dim=1))
+
+
+# ---------------------------------------------------------------- 3  attention
+
+
+class EquivariantMultiHeadAttention(nn.Module):
+    """One layer of TorchMD-NET's equivariant transformer: x (N, F), vec (N, 3, F) -> their increments.
+
+    Per head and directed edge j -> i, self-loops included:
+        A_ij     = SiLU(sum_D q_i k_j dk_ij) C(d_ij)                 no softmax, no 1/sqrt(D)
+        y_i      = sum_j A_ij (v^x_j dx_ij)
+        w_i      = sum_j vec_j (v^1_j d1_ij) + u_ij (v^2_j d2_ij)    u_ij = (pos_j - pos_i) / d_ij, none on a self-loop
+        o1,o2,o3 = W_o y_i
+        dx_i     = <U1 vec_i, U2 vec_i> o2 + o3,    dvec_i = (U3 vec_i) o1 + w_i
+    with filters dk, dx, d1, d2 = SiLU(W rbf(d_ij) + b). They depend on the distance alone and are computed once for a
+    pair; the self-loop has one value for all atoms; vec_j v^1_j is a product per atom, not per edge.
+    """
+
+    def __init__(self, channels, num_heads, num_rbf, vector_cutoff):
+        super().__init__()
+        self.num_heads = num_heads
+        self.vector_cutoff = vector_cutoff
+        self.layernorm = nn.LayerNorm(channels)
+        self.q_proj = Linear(channels, channels)
+        self.k_proj = Linear(channels, channels)
+        self.v_proj = Linear(channels, 3 * channels)
+        self.o_proj = Linear(channels, 3 * channels)
+        self.vec_proj = Linear(channels, 3 * channels, bias=False)
+        self.dk_proj = Linear(num_rbf, channels)
+        self.dv_proj = Linear(num_rbf, 3 * channels)
+
+    def three(self, proj, x, skip=()):
+        """Apply v_proj or dv_proj: x (M, C) -> its parts [x, 1, 2], each (M, F), with None for a part to skip.
+
+        UPSTREAM stores the three parts inside each head, (H, 3, D); taken apart here so that each is contiguous.
+        """
+        weight = proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D, C)
+        bias = proj.bias.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D)
+        for part in range(3):
+            yield None if part in skip else linear(x, weight[:, part].flatten(0, 1), bias[:, part].flatten())
+
+    def filters(self, edge_attr, skip=()):
+        """rbf (P, K) -> dk, dx, d1, d2, each (P, F)."""
+        yield silu(self.dk_proj(edge_attr))
+        for part in self.three(self.dv_proj, edge_attr, skip):
+            yield None if part is None else silu(part)
+
+    def attend(self, query, key, filters):
+        """SiLU of the head-wise product sum, before the cutoff: three (M, F) -> (M, H, 1)."""
+        return silu((query * key * filters).unflatten(-1, (self.num_heads, -1)).sum(-1, keepdim=True))
+
+    def forward(self, x, vec, graph):
+        # vec is None before the first layer, where it is zero: its products are skipped, and a (1, 3, F) zero keeps
+        # vec_proj in the graph of every step, so that each parameter has a gradient (DDP needs that).
+        first = vec is None
+        skip = (1,) if first else ()
+        x = self.layernorm(x)
+        q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
+        v_x, v_1, v_2 = self.three(self.v_proj, x, skip)  # (N, F)
+        d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, skip)  # (P, F)
+        self_k, self_x, self_1, _ = self.filters(graph.self_attr, skip=(*skip, 2))  # (1, F)
+
+        def weigh(values, attention):  # (M, F), (M, H, 1) -> (M, F)
+            return (values.unflatten(-1, (self.num_heads, -1)) * attention).flatten(-2)
+
+        y = weigh(v_x * self_x, self.attend(q, k, self_k))  # (N, F) self-loops
+        if first:
+            vec = x.new_zeros(1, 3, x.shape[1])
+            w = x.new_zeros(len(x), 3, x.shape[1])
+        else:
+            vec_v = vec * v_1.unsqueeze(1)  # (N, 3, F)
+            w = vec_v * self_1  # (N, 3, F) self-loops
+
+        cutoff = graph.cutoff.unsqueeze(-1)  # (P, 1, 1)
+        if self.vector_cutoff:  # DEVIATION (off by default): vec messages vanish at the cutoff too, torchmd-net #260
+            d_x, d_1, d_2 = (None if d is None else d * graph.cutoff for d in (d_x, d_1, d_2))
+            cutoff = 1.0
+        for i, j, unit in ((graph.i, graph.j, graph.unit), (graph.j, graph.i, -graph.unit)):
+            attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
+            y.index_add_(0, i, weigh(v_x.index_select(0, j) * d_x, attention))
+            along, unit = (v_2.index_select(0, j) * d_2).unsqueeze(1), unit.unsqueeze(2)  # (P, 1, F), (P, 3, 1)
+            message = along * unit if first else torch.addcmul(vec_v.index_select(0, j) * d_1.unsqueeze(1), along, unit)
+            w.index_add_(0, i, message)  # (P, 3, F) -> (N, 3, F)
+
+        u_1, u_2, u_3 = self.vec_proj(vec).chunk(3, dim=-1)  # (N, 3, F)
+        o_1, o_2, o_3 = self.o_proj(y).chunk(3, dim=-1)  # (N, F)
+        return (u_1 * u_2).sum(1) * o_2 + o_3, torch.addcmul(w, u_3, o_1.unsqueeze(1))
+
+
+# ---------------------------------------------------------------- 4  vector norms
+
+
+class RMSVectorNorm(nn.Module):
+    """vec / sqrt(mean(vec^2) + 1), the mean over axes and channels: (N, 3, F) -> (N, 3, F).
+
+    PAPER-SILENT: the default. With eps 1 it shrinks what has grown large and leaves small vectors alone, so a site
+    whose symmetry forces vec = 0 does not amplify rounding: exact on every symmetric molecule.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, vec):
+        return vec * (vec.square().mean((1, 2), keepdim=True) + 1).rsqrt() * self.weight
+
+
+class InverseSqrt(torch.autograd.Function):
+    """A -> A^(-1/2) for symmetric positive definite A (N, 3, 3), differentiable any number of times.
+
+    Autograd through an eigendecomposition divides by differences of eigenvalues, NaN for the zero vector or a
+    tetrahedral site. Y = A^(-1/2) obeys Y^2 = A^-1, so dY solves Y dY + dY Y = -Y^2 dA Y^2: a sum of
+    eigenvalues of Y, never zero. The map dA -> dY is its own adjoint: forward and reverse mode are one formula.
+    """
+
+    @staticmethod
+    def forward(A):
+        eigenvalues, U = torch.linalg.eigh(A)
+        return (U * eigenvalues.rsqrt().unsqueeze(-2)) @ U.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def derivative(Y, dA):
+        eye = torch.eye(3, dtype=Y.dtype, device=Y.device)
+        # X -> Y X + X Y as a 9 x 9 matrix on the row-major entries of X
+        sylvester = torch.einsum("nac,bd->nabcd", Y, eye) + torch.einsum("ac,ndb->nabcd", eye, Y)
+        dA = 0.5 * (dA + dA.mT)
+        X = torch.linalg.solve(sylvester.reshape(-1, 9, 9), dA.reshape(-1, 9, 1)).reshape(-1, 3, 3)
+        return -Y @ Y @ X @ Y @ Y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return InverseSqrt.derivative(*ctx.saved_tensors, grad)
+
+    @staticmethod
+    def jvp(ctx, dA):
+        return InverseSqrt.derivative(*ctx.saved_tensors, dA)
+
+
+class WhitenVectorNorm(nn.Module):
+    """C^(-1/2) (vec - channel mean), C = covariance of the F vectors of an atom: (N, 3, F) -> (N, 3, F), in float64.
+
+    UPSTREAM pre-training-via-denoising torchmd_et.py:352-439. DEVIATION: the regulariser is eps * identity, theirs is
+    eps * diag(1, 2, 3), which is not equivariant.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, vec):
+        centred = vec.double() - vec.double().mean(-1, keepdim=True)  # (N, 3, F)
+        eye = torch.eye(3, dtype=centred.dtype, device=vec.device)
+        covariance = centred @ centred.mT / vec.shape[-1] + self.eps * eye  # (N, 3, 3)
+        return (InverseSqrt.apply(covariance) @ centred).to(vec.dtype) * self.weight
+
+
+def vector_norm(kind, channels):
+    """The norm that a `vec_norm_*` key names: none | rms | whiten."""
+    return {"none": lambda _: nn.Identity(), "rms": RMSVectorNorm, "whiten": WhitenVectorNorm}[kind](channels)
+
+
+# ---------------------------------------------------------------- 5  encoder
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the encoder; defaults are Table 13's QM9 column. Names are Table 13's where it has one."""
+
+    embedding_dimension: int = 256
+    num_layers: int = 8
+    num_rbf: int = 64
+    num_heads: int = 8
+    cutoff_upper: float = 5.0  # Angstrom
+    max_z: int = 100  # atomic numbers 0 .. max_z - 1
+    max_num_neighbors: int = 0  # 0: no bound; see radius_graph
+    x_norm_layer: bool = True  # PAPER-SILENT: LayerNorm on x after each residual
+    vec_norm_layer: str = "rms"  # PAPER-SILENT: norm on vec after each residual: none | rms | whiten
+    vec_norm_out: str = "rms"  # PAPER-SILENT: norm on vec after the last layer
+    vector_cutoff: bool = False
+
+    def __post_init__(self):
+        if self.embedding_dimension % self.num_heads:
+            raise ValueError(
+                f"model.embedding_dimension = {self.embedding_dimension} must be a multiple of "
+                f"model.num_heads = {self.num_heads}"
+            )
+
+
+class EquivariantLayers(nn.Module):
+    """Attention layers with residuals and norms, and the graph that they see: the body of encoder and decoder."""
+
+    def __init__(self, config, num_layers):
+        super().__init__()
+        self.config = config
+        channels = config.embedding_dimension
+        self.distance_expansion = ExpNormalSmearing(config.cutoff_upper, config.num_rbf)
+        self.attention_layers = nn.ModuleList(
+            EquivariantMultiHeadAttention(channels, config.num_heads, config.num_rbf, config.vector_cutoff)
+            for _ in range(num_layers)
+        )
+        self.x_norms = nn.ModuleList(
+            nn.LayerNorm(channels) if config.x_norm_layer else nn.Identity() for _ in range(num_layers)
+        )
+        self.vec_norms = nn.ModuleList(vector_norm(config.vec_norm_layer, channels) for _ in range(num_layers))
+
+    def graph(self, pos, batch):
+        """pos (N, 3), batch (N,) -> Graph of the pairs within cutoff_upper."""
+        j, i = radius_graph(pos, batch, self.config.cutoff_upper, self.config.max_num_neighbors)
+        edge_vec = pos.index_select(0, j) - pos.index_select(0, i)  # (P, 3)
+        # the clamp keeps two coincident atoms finite: derivative 0 instead of 0 / 0
+        edge_weight = edge_vec.square().sum(-1).clamp(min=1e-12).sqrt()  # (P,)
+        return Graph(
+            i=i,
+            j=j,
+            unit=edge_vec / edge_weight.unsqueeze(-1),
+            cutoff=cosine_cutoff(edge_weight, self.config.cutoff_upper).unsqueeze(-1),
+            edge_attr=self.distance_expansion(edge_weight),
+            self_attr=self.distance_expansion(pos.new_zeros(1)),
+        )
+
+    def layers(self, x, vec, graph):
+        """x (N, F), vec (N, 3, F) or None for zero -> x, vec after all layers."""
+        for attention, x_norm, vec_norm in zip(self.attention_layers, self.x_norms, self.vec_norms, strict=True):
+            dx, dvec = attention(x, vec, graph)
+            x = x_norm(x + dx)
+            vec = vec_norm(dvec if vec is None else vec + dvec)
+        return x, vec
+
+
+class EquivariantTransformer(EquivariantLayers):
+    """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F) invariant, vec (N, 3, F) equivariant. Sec. 4.2.
+
+    Attribute names and weight layout are TorchMD-NET's, so its `representation_model.*` loads by name.
+    """
+
+    def __init__(self, config):
+        super().__init__(config, config.num_layers)
+        channels = config.embedding_dimension
+        self.embedding = nn.Embedding(config.max_z, channels)
+        self.neighbor_embedding = NeighborEmbedding(channels, config.num_rbf, config.max_z)
+        self.out_norm = nn.LayerNorm(channels)
+        self.out_norm_vec = vector_norm(config.vec_norm_out, channels)
+
+    def forward(self, z, pos, batch):
+        graph = self.graph(pos, batch)
+        x = self.neighbor_embedding(z, self.embedding(z), graph)  # (N, F)
+        x, vec = self.layers(x, None, graph)  # (N, F), (N, 3, F)
+        return self.out_norm(x), self.out_norm_vec(vec)
+
+
+# ---------------------------------------------------------------- 6  heads
+
+
+class GatedEquivariantBlock(nn.Module):
+    """x' = s, vec' = g * (W2 vec), [s, g] = MLP[x || |W1 vec|]: (N, F), (N, 3, F) -> (N, O), (N, 3, O).
+
+    arXiv:2102.03150 (PaiNN), Fig. 3, as in TorchMD-NET.
+    """
+
+    def __init__(self, channels, out_channels, scalar_activation):
+        super().__init__()
+        self.scalar_activation = scalar_activation
+        self.vec1_proj = Linear(channels, channels, bias=False)
+        self.vec2_proj = Linear(channels, out_channels, bias=False)
+        self.update_net = nn.Sequential(Linear(2 * channels, channels), nn.SiLU(), Linear(channels, 2 * out_channels))
+
+    def forward(self, x, vec):
+        length = safe_norm(self.vec1_proj(vec), dim=1)  # (N, F)
+        x, gate = self.update_net(torch.cat([x, length], dim=-1)).chunk(2, dim=-1)  # (N, O) each
+        return silu(x) if self.scalar_activation else x, gate.unsqueeze(1) * self.vec2_proj(vec)
+
+
+class EquivariantHead(nn.Module):
+    """Two gated blocks, F -> F / 2 -> 1: x (N, F), vec (N, 3, F) -> (N, 1), (N, 3, 1)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.output_network = nn.ModuleList(
+            [
+                GatedEquivariantBlock(channels, channels // 2, scalar_activation=True),
+                GatedEquivariantBlock(channels // 2, 1, scalar_activation=False),
+            ]
+        )
+
+    def blocks(self, x, vec):
+        for block in self.output_network:
+            x, vec = block(x, vec)
+        return x, vec
+
+
+class EquivariantScalar(EquivariantHead):
+    """Per-atom scalar: x (N, F), vec (N, 3, F) -> (N,)."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        # The last block's vector output is dropped. Its weights stay for the names; without a gradient they must not
+        # ask DDP for one.
+        self.output_network[-1].vec2_proj.requires_grad_(False)
+
+    def forward(self, x, vec):
+        return self.blocks(x, vec)[0].squeeze(-1)
+
+
+class EquivariantVectorOutput(EquivariantHead):
+    """Per-atom vector, the denoising head of Sec. 4.2: x (N, F), vec (N, 3, F) -> (N, 3)."""
+
+    def forward(self, x, vec):
+        return self.blocks(x, vec)[1].squeeze(-1)
+
+
+# ---------------------------------------------------------------- 7  the method
+
+
+class GraphPooling(nn.Module):
+    """g_b = mean_{i in b} x_i (Sec. 4.2: "We adopt mean pooling"): x (N, F) -> graph_emb (B, F).
+
+    PAPER-SILENT: for the ablation, `sum`, and `attention`: softmax over the atoms of a molecule of a linear score.
+    """
+
+    def __init__(self, kind, channels):
+        super().__init__()
+        self.kind = kind
+        self.score = Linear(channels, 1) if kind == "attention" else None
+
+    def forward(self, x, batch, num_molecules):
+        if self.kind == "sum":
+            return scatter_sum(x, batch, num_molecules)
+        if self.kind == "mean":
+            weight = torch.ones_like(x[:, :1])  # (N, 1)
+        else:
+            score = self.score(x)  # (N, 1)
+            highest = score.detach().new_full((num_molecules, 1), -torch.inf)
+            highest.index_reduce_(0, batch, score.detach(), "amax")
+            weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
+        total = scatter_sum(weight, batch, num_molecules)  # (B, 1)
+        return scatter_sum(weight * x, batch, num_molecules) / total
+
+
+class GraphReconstructionDecoder(EquivariantLayers):
+    """The light decoder: predict the noise of each atom from its own embedding and the molecule's pooled one.
+
+    h_i = W [x_i^rec || g_clean], then attention layers on the perturbed graph, then a gated head: -> (N, 3). Sec. 4.2.
+    PAPER-SILENT: what the decoder is beyond "lightweight", concatenation and its number of layers. Ours: one linear
+    layer for the concatenation, layers of the encoder's kind, vec of the encoder as their start, a head of its own.
+    """
+
+    def __init__(self, config, num_layers):
+        super().__init__(config, num_layers)
+        channels = config.embedding_dimension
+        self.combine = Linear(2 * channels, channels)
+        self.head = EquivariantVectorOutput(channels)
+
+    def forward(self, x, vec, graph_emb, pos, batch):
+        x = self.combine(torch.cat([x, graph_emb.index_select(0, batch)], dim=1))  # (N, F)
+        return self.head(*self.layers(x, vec, self.graph(pos, batch)))  # (N, 3)
+
+
+class Pretraining(nn.Module):
+    """The objectives of Sec. 4.3 on any encoder (z, pos, batch) -> x, vec; returns every loss term by name.
+
+    objective   loss
+    coord       |head(noised) - eps / sigma|^2, Coord (Zaidi et al., arXiv:2206.00133)
+    georecon    w_noise * coord + w_clean * |head(clean)|^2 + w_rec * |decoder(rec | g_clean) - alpha eps / sigma|^2
+    rec_only    georecon with w_clean = 0 (App. E)
+    All are means over atoms and axes.
+    """
+
+    def __init__(self, encoder, config):
+        super().__init__()
+        self.config = config  # keys: objective alpha w_noise w_clean w_rec decoder_layers pooling position_noise_scale
+        self.encoder = encoder
+        self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
+        if config.objective != "coord":
+            self.pooling = GraphPooling(config.pooling, config.model.embedding_dimension)
+            self.decoder = GraphReconstructionDecoder(config.model, config.decoder_layers)
+
+    def forward(self, z, pos, batch, noise, num_molecules, shuffle=False):
+        """noise (N, 3) = eps / sigma, standard normal -> dict of scalar losses; `loss` is the weighted total.
+
+        With shuffle, also `loss_rec_shuffled`: the decoder sees the graph embedding of the next molecule in the batch.
+        """
+        config, N = self.config, len(z)
+        # Sec. 4.1: "The injected noise is shared across these variants."
+        pos_noised = pos + config.position_noise_scale * noise
+        pos_rec = pos + config.alpha * config.position_noise_scale * noise
+        if config.objective == "coord":
+            variants = [pos_noised]
+        elif config.alpha == 1:  # then the rec variant is the noised one: two encodings, not three
+            variants = [pos_noised, pos]
+        else:
+            variants = [pos_noised, pos, pos_rec]
+        # one encoder call for all variants: they are further molecules of the batch
+        offsets = [batch + k * num_molecules for k in range(len(variants))]
+        x, vec = self.encoder(z.repeat(len(variants)), torch.cat(variants), torch.cat(offsets))
+
+        # Node level, Sec. 4.2 "Denoising Head". PAPER-SILENT: the target is eps / sigma, of unit variance.
+        # L_noise = 1/3N sum_i |head(x_i^noised) - eps_i / sigma|^2
+        # L_clean = 1/3N sum_i |head(x_i^clean)  - 0|^2            "a zero noise vector", the same head
+        predicted = self.noise_head(x[: 2 * N], vec[: 2 * N])
+        losses = {"loss_noise": mse_loss(predicted[:N], noise)}
+        if config.objective == "coord":
+            return {"loss": losses["loss_noise"], **losses}
+        losses["loss_clean"] = predicted[N:].square().mean()
+
+        # Graph level, Sec. 4.2 "Reconstruction Head": of the clean molecule the decoder sees the pooled embedding alone.
+        # L_rec = 1/3N sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
+        graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
+        x_rec, vec_rec = x[-N:] if len(variants) == 3 else x[:N], vec[-N:] if len(variants) == 3 else vec[:N]
+        losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
+        if shuffle:
+            other = self.decoder(x_rec, vec_rec, graph_emb.roll(1, 0), pos_rec, batch)
+            losses["loss_rec_shuffled"] = mse_loss(other, config.alpha * noise)
+
+        # L = w_noise L_noise + w_clean L_clean + w_rec L_rec, Sec. 4.3
+        w_clean = 0.0 if config.objective == "rec_only" else config.w_clean
+        total = config.w_noise * losses["loss_noise"] + w_clean * losses["loss_clean"]
+        return {"loss": total + config.w_rec * losses["loss_rec"], **losses}
+
+
+# ---------------------------------------------------------------- 8  checkpoints
+
+
+def load_representation(encoder, state_dict):
+    """Load TorchMD-NET's or our own encoder weights by name; a ValueError names every key that does not fit.
+
+    Takes a bare encoder's state dict, or a whole TorchMD-NET / Coord model's, of which `representation_model.*` is
+    used. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
+    """
+    prefix = "representation_model."
+    if any(prefix in key for key in state_dict):
+        state_dict = {key.split(prefix, 1)[1]: value for key, value in state_dict.items() if prefix in key}
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("distance.")}
+    ours = encoder.state_dict()
+    faults = [f"{key} missing" for key in ours if key not in state_dict]
+    faults += [f"{key} unexpected" for key in state_dict if key not in ours]
+    faults += [
+        f"{key} {tuple(state_dict[key].shape)} where {tuple(value.shape)} is needed"
+        for key, value in ours.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    if faults:
+        raise ValueError("these weights are not of this encoder: " + "; ".join(faults))
+    encoder.load_state_dict(state_dict)
+
+
+def save_encoder(encoder):
+    """The content of an encoder.pt: plain values and tensors that torch.load(weights_only=True) reads."""
+    return {"schema": "georecon/1", "model": asdict(encoder.config), "state_dict": encoder.state_dict()}
+
+
+def load_encoder(path):
+    """The ready EquivariantTransformer of an encoder.pt, on the CPU."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no encoder.pt of schema georecon/1")
+    encoder = EquivariantTransformer(ModelConfig(**checkpoint["model"]))
+    load_representation(encoder, checkpoint["state_dict"])
+    return encoder
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    encoder = EquivariantTransformer(ModelConfig()).double()
+    z = torch.tensor([8, 1, 1, 6, 1, 1, 1, 1])  # water and methane
+    batch = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    pos = torch.tensor(
+        [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477], [0, 0, 0]]
+        + [[s, t, s * t / 0.629] for s in (0.629, -0.629) for t in (0.629, -0.629)],
+        dtype=torch.float64,
+    )
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    x, vec = encoder(z, pos, batch)
+    x_turned, vec_turned = encoder(z, pos @ rotation.T, batch)
+    print(f"encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
+    print(f"water and methane: x {tuple(x.shape)}, vec {tuple(vec.shape)}")
+    print(f"after a random rotation or reflection, x changes by {(x - x_turned).abs().max():.0e}, ", end="")
+    print(f"vec differs from the turned vec by {(rotation @ vec - vec_turned).abs().max():.0e}")

@@ -1,0 +1,581 @@
+"""Stage 1: pretrain an encoder on 3D geometries alone, with GeoRecon's objective or Coord's (paper, Sec. 4).
+
+    python pretrain.py configs/demo.yaml                                     a minute on a laptop, no download
+    python pretrain.py configs/qm9_small.yaml objective=coord out_dir=out/qm9_small_coord
+    torchrun --nproc_per_node=4 pretrain.py configs/pcqm.yaml                the paper's run
+    python pretrain.py configs/pcqm.yaml resume=true                         go on where it stopped
+
+A run writes to out_dir (default out/<name of the config>):
+
+    config.yaml     every setting, resolved; itself a valid argument
+    log.jsonl       one object per logged step: losses, learning rate, molecules/s; split train or val
+    last.pt         all that resuming needs: encoder, heads, decoder, optimizer, step; step_<n>.pt are copies of it
+    encoder.pt      the encoder alone: model.load_encoder("out/demo/encoder.pt")
+    metrics.json    the final figures, and what made them
+
+Everything random is a function of (seed, step): order and noise are drawn for the global batch and each rank takes its
+slice. So a run that was killed and resumed ends with the same bits, and the number of ranks changes rounding only.
+"""
+
+import ctypes
+import difflib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import InputError, Molecules, StepBatches, cli, split_indices
+from model import EquivariantTransformer, ModelConfig, Pretraining, save_encoder
+
+# ---------------------------------------------------------------- settings
+
+
+def setting(default, low=None, high=None, choices=None):
+    """A config field with the values it allows."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Every setting of this stage. Names are Table 13's where it has one; defaults are its QM9 column."""
+
+    data: str = ""  # HDF5 file made by data.py
+    split: str = ""  # train on this named split of the file; empty: on all molecules
+    val_size: int = setting(100, low=1)  # molecules held out for validation (Coord's 100)
+    out_dir: str = ""  # empty: out/<name of the config>
+    seed: int = setting(1, low=0)
+
+    objective: str = setting("georecon", choices=("georecon", "coord", "rec_only"))
+    position_noise_scale: float = setting(0.04, low=0)  # sigma, Angstrom
+    alpha: float = setting(1.0, low=0)  # Sec. 4.1: noise of the rec variant in units of sigma, "set to 1 for default"
+    w_noise: float = setting(1.0, low=0)  # PAPER-SILENT: Coord's denoising_weight
+    w_clean: float = setting(1.0, low=0)  # PAPER-SILENT
+    w_rec: float = setting(0.45, low=0)  # PAPER-SILENT for the main run; the middle of Table 7's sweep
+    decoder_layers: int = setting(1, low=0)  # PAPER-SILENT: "lightweight"
+    pooling: str = setting("mean", choices=("mean", "sum", "attention"))  # Sec. 4.2
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    batch_size: int = setting(200, low=1)  # molecules per step over all ranks: Table 13's 50 on each of 4 GPUs
+    accumulate: int = setting(1, low=1)  # parts that each rank cuts its batch into, to save memory
+    max_steps: int = setting(400_000, low=1)
+    lr: float = setting(4e-4, low=0)
+    lr_min: float = setting(1e-7, low=0)
+    lr_warmup_steps: int = setting(10_000, low=0)
+    lr_cosine_length: int = setting(400_000, low=1)
+    precision: str = setting("32", choices=("32", "bf16"))  # bf16: the products of the linear layers alone
+
+    inference_batch_size: int = setting(70, low=1)
+    num_workers: int = setting(0, low=0)  # loader processes per rank; 0: read in the training process
+    deterministic: bool = False  # bitwise repeatable on CUDA too, at some cost; the CPU always is
+    log_every: int = setting(100, low=1)
+    val_every: int = setting(1000, low=1)
+    save_every: int = setting(1000, low=1)
+    keep_steps: tuple = setting((), low=1)  # steps at which a copy step_<n>.pt is kept
+    resume: bool = False
+
+
+class StrictLoader(yaml.SafeLoader):
+    """yaml.SafeLoader that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path, may_have_base=True):
+    """The mapping in a yaml file, laid over that of the file beside it which its key `base` names, if it has one."""
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: give a config such as configs/demo.yaml", code=2) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid yaml: {' '.join(str(error).split())}", code=2) from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: a config is a mapping of lines `key: value`", code=2)
+    if "base" not in settings:
+        return settings
+    if not may_have_base:
+        raise InputError(f"{path} is the base of another config and cannot have a base itself", code=2)
+    base = read_yaml(Path(path).parent / str(settings.pop("base")), may_have_base=False)
+    sections = [config["model"] for config in (base, settings) if isinstance(config.get("model"), dict)]
+    merged = {**base, **settings}
+    return {**merged, "model": {**sections[0], **sections[1]}} if len(sections) == 2 else merged
+
+
+def convert(value, kind, name):
+    """A yaml or command line value as the type of its field; yaml reads 1e-4 as a string, so strings are parsed."""
+    wrong = InputError(f"{name} = {value!r}: must be {'a list of int' if kind is tuple else kind.__name__}", code=2)
+    try:
+        if kind is tuple:
+            items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+            return tuple(convert(item, int, name) for item in items if item != "")
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, (bool, dict, list)) or value is None:
+            raise wrong
+        if kind is str:
+            return str(value)
+        number = float(value)
+        if not math.isfinite(number) or kind is int and number != int(number):
+            raise wrong
+        return kind(number)
+    except (KeyError, ValueError):
+        raise wrong from None
+
+
+def build_config(kind, settings, prefix=""):
+    """A dataclass from a mapping; an InputError names the key, the value and what is allowed."""
+    known = {f.name: f for f in fields(kind)}
+    values = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are: {', '.join(known)}"
+            raise InputError(f"unknown key {name}: {hint}", code=2)
+        if is_dataclass(known[key].type):
+            if not isinstance(value, dict):
+                raise InputError(f"{name} = {value!r}: must be a mapping of lines `key: value`", code=2)
+            values[key] = build_config(known[key].type, value, f"{name}.")
+            continue
+        values[key] = convert(value, known[key].type, name)
+        allowed = known[key].metadata
+        low, high, choices = (allowed.get(bound) for bound in ("low", "high", "choices"))
+        for item in values[key] if isinstance(values[key], tuple) else [values[key]]:
+            if choices and item not in choices:
+                raise InputError(f"{name} = {item}: must be one of {', '.join(map(str, choices))}", code=2)
+            if low is not None and item < low or high is not None and item > high:
+                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise InputError(f"{name} = {item}: must be {bounds}", code=2)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise InputError(str(error), code=2) from None
+
+
+def load_config(kind, arguments, usage):
+    """`CONFIG.yaml [key=value ...]` -> the dataclass kind. A key inside `model:` is written model.key=value."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    settings = read_yaml(arguments[0])
+    for argument in arguments[1:]:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise InputError(f"argument {argument!r}: settings are written key=value", code=2)
+        section, _, inner = key.rpartition(".")
+        target = settings.setdefault(section, {}) if section else settings
+        if not isinstance(target, dict):
+            raise InputError(f"{section} = {target!r}: must be a mapping of lines `key: value`", code=2)
+        target[inner] = value
+    config = build_config(kind, settings)
+    return config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
+
+
+# ---------------------------------------------------------------- process, files, log
+
+
+def keep_freed_memory():
+    """Tell glibc to reuse freed memory instead of handing it back: page faults are up to 3/4 of the time on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take large arrays from the heap too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+
+
+def set_up_process(config):
+    """-> device, rank, world. Under torchrun joins its process group; on its own it is rank 0 of 1."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{local + 1} or more ranks, but {torch.cuda.device_count()} GPU: lower --nproc_per_node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def sum_over_ranks(values):
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: whoever opens path finds the old file whole or the new one whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Log:
+    """log.jsonl, and the same figures for the eye: a tqdm bar on a terminal, plain lines in a file."""
+
+    def __init__(self, path, start, stop, active):
+        self.path, self.active = path, active
+        self.bar = tqdm(initial=start, total=stop, unit="step", disable=not (active and sys.stderr.isatty()))
+
+    def write(self, record):
+        if not self.active:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in record.items()}
+        if self.bar.disable or record["split"] == "val":
+            self.say("  ".join(f"{key} {value}" for key, value in shown.items()))
+        else:
+            self.bar.set_postfix({key: shown[key] for key in ("loss", "lr", "molecules_per_s")})
+
+    def say(self, line):
+        if self.active:
+            with tqdm.external_write_mode():
+                print(line, flush=True)
+
+
+def drop_log_after(path, step):
+    """Take the lines of steps that are going to be run again out of a log, and a line that a kill cut off."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            continue
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def open_run_folder(config):
+    """-> the checkpoint to go on from, or None for a new run; refuses to touch a run that is not to be resumed."""
+    folder = Path(config.out_dir)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not (folder / "config.yaml").exists():
+        if config.resume:
+            raise InputError(f"nothing to resume: {folder} holds no run; leave resume=true out to start one")
+        return None
+    if not (config.resume or restarted):
+        raise InputError(f"{folder} already holds a run: go on with resume=true, or choose another out_dir=")
+    if not (folder / "last.pt").exists():
+        return None  # it was stopped before its first checkpoint
+    return load_checkpoint(folder / "last.pt")
+
+
+def load_checkpoint(path):
+    """A last.pt or step_<n>.pt as a dict; plain tensors and values only, so that it cannot run code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
+        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or "optimizer" not in checkpoint:
+        raise InputError(f"{path} is no checkpoint of a georecon/1 run")
+    return checkpoint
+
+
+# what may differ between a run and its resumption: where files lie, how often things are written, how work is cut up
+FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"} | {
+    "num_workers",
+    "accumulate",
+    "inference_batch_size",
+}
+
+
+def check_same_run(checkpoint, config, data_sha256):
+    """Refuse to resume a run with other settings or other data: the result would be neither run."""
+    saved, now = checkpoint["config"], asdict(config)
+    for key in sorted(now.keys() - FREE_TO_CHANGE):
+        if saved.get(key) != now[key]:
+            raise InputError(f"cannot resume {config.out_dir}: its {key} is {saved.get(key)}, now {now[key]}", code=2)
+    if checkpoint["data_sha256"] != data_sha256:
+        raise InputError(f"cannot resume {config.out_dir}: {config.data} is not the file that it was trained on")
+
+
+# ---------------------------------------------------------------- training
+
+
+def learning_rate(step, config):
+    """Linear warm-up over lr_warmup_steps, then a cosine of length lr_cosine_length from lr to lr_min.
+
+    DEVIATION: the closed form; torch's recursion in Coord's code, whose warm-up overwrites it, ends up 0.15 % higher.
+    """
+    if step < config.lr_warmup_steps:
+        return config.lr * (step + 1) / config.lr_warmup_steps
+    phase = min(step / config.lr_cosine_length, 1.0)
+    return config.lr_min + 0.5 * (config.lr - config.lr_min) * (1 + math.cos(math.pi * phase))
+
+
+def standard_normal(shape, *key):
+    """Standard normal numbers that depend on the integers in key alone: float32 tensor."""
+    return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
+
+
+def validation_batches(molecules, index, size):
+    """The validation molecules in batches, each molecule with a noise of its own that no setting changes."""
+    batches = []
+    for part in np.array_split(np.sort(index), math.ceil(len(index) / size)):
+        noise = [standard_normal((int(molecules.ptr[m + 1] - molecules.ptr[m]), 3), int(m)) for m in part]
+        batches.append({**molecules.read(part), "noise": torch.cat(noise), "num_molecules": len(part)})
+    return batches
+
+
+def run_losses(net, part, noise, device, config, shuffle=False):
+    """Losses of one part of a batch, by name."""
+    z, pos, batch, noise = (
+        tensor.to(device, non_blocking=True) for tensor in (part["z"], part["pos"], part["batch"], noise)
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return net(z, pos, batch, noise, part["num_molecules"], shuffle)
+
+
+@torch.no_grad()
+def evaluate(net, batches, device, config, rank, world):
+    """Mean losses per atom over the validation batches, which the ranks share, plus loss_rec_shuffled."""
+    mine = batches[rank::world]
+    total = 0.0
+    for part in mine or batches[:1]:  # a rank without a share runs one batch at weight 0, to know the names
+        losses = run_losses(net, part, part["noise"], device, config, shuffle=True)
+        weight = len(part["z"]) if mine else 0
+        total = total + weight * torch.stack([*losses.values(), torch.ones_like(losses["loss"])]).double()
+    total = sum_over_ranks(total)
+    return dict(zip(losses, (total[:-1] / total[-1]).tolist(), strict=True))
+
+
+def check_elements(part, config):
+    if (highest := int(part["z"].max())) >= config.model.max_z:
+        raise InputError(
+            f"{config.data} holds atomic number {highest}, model.max_z = {config.model.max_z}: set it above {highest}"
+        )
+
+
+def train_step(net, parts, step, device, config, world):
+    """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
+    share = {}
+    noise = standard_normal((parts[0]["global_atoms"], 3), config.seed, step)  # (A, 3) for the global batch
+    for k, part in enumerate(parts):
+        check_elements(part, config)
+        first, num_atoms = part["first_atom"], len(part["z"])
+        if isinstance(net, DistributedDataParallel):
+            net.require_backward_grad_sync = k == len(parts) - 1
+        losses = run_losses(net, part, noise[first : first + num_atoms], device, config)
+        # A mean over the atoms of the global batch, whatever the ranks' shares: weigh each part by its atoms. DDP
+        # divides the sum of the ranks' gradients by world.
+        weight = num_atoms / part["global_atoms"]
+        (losses["loss"] * (weight * world)).backward()
+        for name, loss in losses.items():
+            share[name] = share.get(name, 0.0) + loss.detach() * weight
+    return share
+
+
+def describe(config, molecules, num_train, batches, net, device, world):
+    """The lines that say what is about to be trained, on what, where."""
+    parameters = sum(p.numel() for p in net.parameters())
+    encoder = sum(p.numel() for p in net.encoder.parameters())
+    num_val = sum(part["num_molecules"] for part in batches)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (
+        f"{config.objective} on {config.data}: {num_train:,} molecules to train, {num_val:,} to validate\n"
+        f"{parameters:,} parameters, {encoder:,} of them the encoder\n"
+        f"{world} x {where}; {config.max_steps:,} steps of {config.batch_size} molecules"
+    )
+
+
+def main(arguments):
+    config = load_config(PretrainConfig, arguments, __doc__)
+    keep_freed_memory()
+    device, rank, world = set_up_process(config)
+    folder = Path(config.out_dir)
+    checkpoint = open_run_folder(config)
+
+    # data: the validation molecules are the same for every seed
+    if not config.data:
+        raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
+    molecules = Molecules(config.data)
+    data_sha256 = molecules.sha256()
+    if config.split and config.split not in molecules.splits:
+        has = ", ".join(molecules.splits) or "none"
+        raise InputError(f"split = {config.split}: {config.data} has no such split, it has {has}", code=2)
+    index = molecules.splits[config.split] if config.split else np.arange(len(molecules))
+    if config.val_size >= len(index):
+        raise InputError(
+            f"val_size = {config.val_size}: {config.data} has {len(index)} molecules to choose from", code=2
+        )
+    val, train = (index[part] for part in split_indices(len(index), [config.val_size, None]))
+    batches = validation_batches(molecules, val, config.inference_batch_size)
+    source = StepBatches(molecules, train, config.batch_size, config.seed, rank, world, config.accumulate)
+
+    # model
+    torch.manual_seed(config.seed)
+    model = Pretraining(EquivariantTransformer(config.model), config).to(device)
+    net = model
+    if dist.is_initialized():
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+
+    # start or resume
+    start, elapsed, first_val = 0, 0.0, None
+    if checkpoint:
+        check_same_run(checkpoint, config, data_sha256)
+        model.load_state_dict(checkpoint["state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, elapsed, first_val = checkpoint["step"], checkpoint["wall_s"], checkpoint["first_val"]
+    barrier()  # every rank has looked at the folder before rank 0 writes to it
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
+        write_atomically(
+            folder / "config.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        )
+        drop_log_after(folder / "log.jsonl", start)
+    log = Log(folder / "log.jsonl", start, config.max_steps, active=rank == 0)
+    log.say(describe(config, molecules, len(train), batches, model, device, world))
+    if checkpoint:
+        log.say(f"resumed {folder} at step {start}")
+    began = time.perf_counter() - elapsed
+
+    def save(step):
+        if rank == 0:
+            content = {
+                "schema": "georecon/1",
+                "config": asdict(config),
+                "data_sha256": data_sha256,
+                "step": step,
+                "wall_s": time.perf_counter() - began,
+                "first_val": first_val,
+                "state_dict": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
+            write_atomically(folder / "encoder.pt", lambda path: torch.save(save_encoder(model.encoder), path))
+            if step in config.keep_steps:
+                write_atomically(folder / f"step_{step}.pt", lambda path: shutil.copyfile(folder / "last.pt", path))
+
+    def validate(step):
+        losses = evaluate(model, batches, device, config, rank, world)
+        log.write({"step": step, "split": "val", **losses})
+        return losses
+
+    last_val = first_val = first_val or validate(0)
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        sampler=range(start, config.max_steps),
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    window, window_began = [], time.perf_counter()
+    for step, parts in enumerate(loader, start):
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
+        share = train_step(net, parts, step, device, config, world)
+        optimizer.step()
+        optimizer.zero_grad()
+        window.append(torch.stack(list(share.values())))
+        log.bar.update()
+
+        done = step + 1
+        last = done == config.max_steps
+        saving = last or done % config.save_every == 0 or done in config.keep_steps
+        if last or saving or done % config.log_every == 0:
+            means = dict(zip(share, sum_over_ranks(torch.stack(window).mean(0)).tolist(), strict=True))
+            if not math.isfinite(means["loss"]):
+                raise InputError(
+                    f"the loss is {means['loss']} between step {done - len(window)} and {done}; "
+                    f"{folder / 'last.pt'} is the last good state: lower lr, or look at the data with data.py info"
+                )
+        if last or done % config.log_every == 0:
+            rate = len(window) * config.batch_size / (time.perf_counter() - window_began)
+            log.write({"step": done, "split": "train", **means, "lr": lr, "molecules_per_s": round(rate, 1)})
+            window = []
+        if last or done % config.val_every == 0:
+            last_val = validate(done)
+        if saving:
+            save(done)
+        if not window:
+            window_began = time.perf_counter()
+
+    log.bar.close()
+    if rank == 0:
+        metrics = {
+            "val": last_val,
+            "val_start": first_val,
+            "units": dict.fromkeys(last_val, "mean square error of noise / sigma, per atom and axis"),
+            "objective": config.objective,
+            "seed": config.seed,
+            "steps": config.max_steps,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters_encoder": sum(p.numel() for p in model.encoder.parameters()),
+            "wall_s": round(time.perf_counter() - began, 1),
+            "data": config.data,
+            "data_sha256": data_sha256,
+            **provenance(device, world),
+        }
+        write_atomically(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1) + "\n"))
+        for line in report(first_val, last_val):
+            log.say(line)
+        log.say(
+            f"{metrics['wall_s']:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def provenance(device, world):
+    """What made a result: command, commit, machine and versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or a copy without its history
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
+        "ranks": world,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def report(first_val, last_val):
+    """The lines that say what became of each loss."""
+    yield f"{'validation':<22}{'start':>10}{'end':>10}"
+    for name in last_val:
+        yield f"{name:<22}{first_val[name]:>10.4f}{last_val[name]:>10.4f}"
+    if "loss_rec_shuffled" in last_val:
+        gap = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
+        yield f"{'gap':<22}{gap:>20.4f}  rec loss with another molecule's graph embedding, less that with the true one"
+
+
+if __name__ == "__main__":
+    cli(main)
