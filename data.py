@@ -113,6 +113,11 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def file_state(path):
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 # --- reading: one file, many processes, no growth of memory ---
 
 
@@ -124,7 +129,7 @@ class Molecules:
 
     def __init__(self, path):
         self.path = str(path)
-        self._fd = self._file = None  # opened on first use, once per process
+        self._raw = self._file = None  # opened on first use, in each process
         if not os.path.isfile(self.path):
             raise InputError(f"{self.path}: no such file: convert one with `python data.py SOURCE RAW {self.path}`")
         try:
@@ -132,12 +137,11 @@ class Molecules:
         except OSError as error:
             raise InputError(f"{self.path}: not a whole HDF5 file ({error}): convert it again") from error
         with file:
+            self._state = file_state(self.path)
             self.attrs = dict(file.attrs)
-            if self.attrs.get("schema") != SCHEMA or self.attrs.get("length_unit") != "angstrom":
-                raise InputError(
-                    f"{self.path}: attributes schema and length_unit are {self.attrs.get('schema')!r} and "
-                    f"{self.attrs.get('length_unit')!r}, not {SCHEMA!r} and 'angstrom': convert it with data.py"
-                )
+            for key, wanted in (("schema", SCHEMA), ("length_unit", "angstrom")):
+                if (found := self.attrs.get(key)) != wanted:
+                    raise InputError(f"{self.path}: attribute {key} is {found}, not {wanted}: convert with data.py")
             self._check(file)
         self.name = str(self.attrs.get("name", Path(self.path).stem))
 
@@ -183,7 +187,7 @@ class Molecules:
         return len(self.ptr) - 1
 
     def __getstate__(self):
-        return self.__dict__ | {"_fd": None, "_file": None}
+        return self.__dict__ | {"_raw": None, "_file": None}  # open files stay behind
 
     @property
     def ids(self):
@@ -207,19 +211,18 @@ class Molecules:
     def read(self, index, forces=False):
         """Molecules in the order of index (B,) -> dict of z (N,) int64, pos (N, 3) Å, batch (N,), forces (N, 3)."""
         index = np.asarray(index, dtype=np.int64).reshape(-1)
-        if len(index) and not (index.min() >= 0 and index.max() < len(self)):
+        if len(index) and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"{self.path}: molecules are 0 to {len(self) - 1}, asked for {index.min()}..{index.max()}")
         start, stop = self.ptr[index], self.ptr[index + 1]
-        new_run = np.flatnonzero(np.diff(index, prepend=-2) != 1)  # neighbours in the file are one read
-        runs = list(zip(start[new_run].tolist(), stop[np.append(new_run[1:], len(index)) - 1].tolist()))
-        if len(index) == 0:
-            runs = []
+        # Neighbours in the file are one read: a run starts and ends where index does not go on by 1.
+        starts, stops = start[np.diff(index, prepend=-2) != 1], stop[np.diff(index, append=-2) != 1]
+        runs = list(zip(starts.tolist(), stops.tolist()))
         z, pos = self._atoms("z", np.uint8, runs), self._atoms("pos", np.float32, runs).reshape(-1, 3)
         batch = np.repeat(np.arange(len(index)), stop - start)
         bad = (z == 0) | (z > 118) | ~np.isfinite(pos).all(axis=1)
         if bad.any():
-            first = index[batch[bad.argmax()]]
-            raise InputError(f"{self.path}: molecule {first} has a non-finite position or an atomic number beyond 1..118")
+            which = f"{self.path}: molecule {index[batch[bad.argmax()]]}"
+            raise InputError(f"{which} has a position that is not finite or an atomic number beyond 1..118")
         arrays = {"z": z.astype(np.int64), "pos": pos, "batch": batch}
         if forces:
             if "forces" not in self.units:
@@ -236,11 +239,14 @@ class Molecules:
                 self._file = os.getpid(), h5py.File(self.path, "r")
             return np.concatenate([self._file[1][name][start:stop] for start, stop in runs]).ravel()
         # pread, not a memory map: touched pages then count for the system's cache, not for this process.
-        self._fd = self._fd or open(self.path, "rb", buffering=0)  # noqa: SIM115
-        fd, offset, size = self._fd.fileno(), self._layout[name], np.dtype(dtype).itemsize * (1 if name == "z" else 3)
-        data = bytearray().join([os.pread(fd, (b - a) * size, offset + a * size) for a, b in runs])
-        if len(data) != size * sum(b - a for a, b in runs):
-            raise InputError(f"{self.path}: dataset {name} ends early: the file was cut off or changed while in use")
+        if self._raw is None:
+            self._raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            if file_state(self._raw.fileno()) != self._state:  # the places noted are those of the old file
+                raise InputError(f"{self.path}: was replaced while in use: start again")
+        raw, offset, row = self._raw.fileno(), self._layout[name], np.dtype(dtype).itemsize * (1 if name == "z" else 3)
+        data = bytearray().join([os.pread(raw, (b - a) * row, offset + a * row) for a, b in runs])
+        if len(data) != row * sum(b - a for a, b in runs):
+            raise InputError(f"{self.path}: dataset {name} ends early: the file was cut off while in use")
         return np.frombuffer(data, dtype)
 
 
@@ -277,7 +283,7 @@ class StepBatches(torch.utils.data.Dataset):
             message = f"batch_size {batch_size} must be a multiple of ranks x accumulation parts = {world} x {micro}"
             raise InputError(message, code=2)
         if batch_size > len(self.index):
-            raise InputError(f"batch_size {batch_size} is more than the {len(self.index)} molecules of {molecules.path}")
+            raise InputError(f"batch_size {batch_size} is more than the {len(self.index)} molecules to choose from")
         self.steps_per_epoch = len(self.index) // batch_size
         self._epoch = self._order = None
 
@@ -303,15 +309,26 @@ class StepBatches(torch.utils.data.Dataset):
 # used is {id, skip: cause}.
 
 
+def distances(pos):
+    """pos (n, 3) -> (n, n), inf on the diagonal; float64, for coordinates may lie far from the origin."""
+    pos = pos - pos.mean(axis=0, dtype=np.float64)
+    square = (pos * pos).sum(axis=1)
+    squares = square[:, None] + square - 2 * (pos @ pos.T)  # (n, n)
+    np.fill_diagonal(squares, np.inf)
+    return np.sqrt(squares.clip(min=0))
+
+
 def flaw(z, pos, labels):
     """Why a molecule must not be trained on, or ""; z (n,) int, pos (n, 3) float32 Å."""
     if len(z) == 0:
         return "no atoms"
+    if pos.shape != (len(z), 3) or labels.get("forces", pos).shape != pos.shape:
+        return "numbers of elements, coordinates and forces that differ"
     if z.min() < 1 or z.max() > 118:
         return "an element that does not exist"
     if not np.isfinite(pos).all():
         return "a coordinate that is not finite"
-    if len(z) > 1 and torch.pdist(torch.from_numpy(pos)).min() < MIN_DISTANCE:
+    if distances(pos).min() < MIN_DISTANCE:
         return f"two atoms closer than {MIN_DISTANCE} Å"
     if not all(np.isfinite(value).all() for value in labels.values()):
         return "a label that is not finite"
@@ -327,7 +344,8 @@ def write_h5(out, molecules, attrs, units):
         for mol in molecules:
             cause = mol.get("skip")
             if not cause:
-                mol["pos"] = np.ascontiguousarray(mol["pos"], dtype=np.float32)
+                with np.errstate(over="ignore"):  # too large for float32 is inf, which flaw finds
+                    mol["pos"] = np.ascontiguousarray(mol["pos"], dtype=np.float32)
                 cause = flaw(mol["z"], mol["pos"], mol["labels"])
             if cause:
                 count, first = skipped.get(cause, (0, []))
@@ -359,7 +377,8 @@ def write_h5(out, molecules, attrs, units):
         with h5py.File(f"{folder}/out.h5", "w") as file:
             file.attrs.update({"schema": SCHEMA, "length_unit": "angstrom"} | attrs)
             for name, part in per_atom.items():
-                copy_part(part, file, name, num_atoms)
+                shape, dtype = ((num_atoms,), "uint8") if name == "z" else ((num_atoms, 3), "float32")
+                copy_part(part, file.create_dataset(name, shape, dtype))
             for name, values in per_molecule.items():
                 file[name] = np.frombuffer(values, dtype="float64" if values.typecode == "d" else "int64")
             for name, values in splits.items():
@@ -370,30 +389,27 @@ def write_h5(out, molecules, attrs, units):
     return num_molecules, num_atoms, skipped
 
 
-def copy_part(part, file, name, num_atoms, rows=1 << 20):
-    """Copy a raw temporary file into a contiguous dataset, a million rows at a time."""
-    dtype, shape = (np.uint8, (num_atoms,)) if name == "z" else (np.float32, (num_atoms, 3))
-    dataset = file.create_dataset(name, shape, dtype)
+def copy_part(part, dataset, rows=1 << 20):
+    """Fill a dataset from a raw temporary file, a million rows at a time."""
     part.seek(0)
-    for start in range(0, num_atoms, rows):
-        piece = np.frombuffer(part.read(rows * np.dtype(dtype).itemsize * (1 if name == "z" else 3)), dtype)
-        dataset[start : start + rows] = piece.reshape(-1, *shape[1:])
+    row = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+    for start in range(0, len(dataset), rows):
+        piece = np.frombuffer(part.read(rows * row), dataset.dtype)
+        dataset[start : start + rows] = piece.reshape(-1, *dataset.shape[1:])
 
 
 # --- raw files: containers ---
 
 
 @contextmanager
-def readable(path):
-    """Whatever goes wrong while reading a raw file becomes one line that names it."""
+def readable(*paths):
+    """Whatever goes wrong while reading raw files becomes one line that names them."""
+    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, NotImplementedError, csv.Error)
     try:
         yield
-    except (
-        *(EOFError, OSError, LookupError, ValueError, zlib.error, lzma.LZMAError, csv.Error),
-        *(tarfile.TarError, zipfile.BadZipFile, NotImplementedError),
-    ) as error:
-        message = f"{path}: damaged, cut off or not the right kind of file ({type(error).__name__}: {error})"
-        raise InputError(message) from error
+    except (*wrong, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+        names, cause = " ".join(map(str, paths)), f"{type(error).__name__}: {error}"
+        raise InputError(f"{names}: damaged, cut off or not the right kind of file ({cause})") from error
 
 
 def need(module, purpose):
@@ -436,10 +452,6 @@ def sdf_blocks(file):
         raise EOFError("the last molecule has no closing $$$$")
 
 
-def quiet_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
-
-
 def parallel(function, items, chunk=256):
     """Results of function(list of items) -> list, over all cores; in order, with few chunks in flight at a time."""
     items = iter(items)
@@ -449,7 +461,8 @@ def parallel(function, items, chunk=256):
         yield from function(first)
         return
     workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, initializer=quiet_worker) as pool:
+    # Workers leave Ctrl-C to the parent, which ends the pool.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         pending = deque()
         for piece in itertools.chain([first], chunks):
             pending.append(pool.submit(function, piece))
@@ -515,8 +528,8 @@ def parse_sdf(items):
 
 def qm9_labels(values):
     """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value in the unit of QM9_LABELS}."""
-    factor = {"eV": HAR2EV}
-    return {f"y/{name}": value * factor.get(unit, 1) for (name, unit, *_), value in zip(QM9_LABELS, values, strict=True)}
+    pairs = zip(QM9_LABELS, values, strict=True)
+    return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, *_), value in pairs}
 
 
 def table(file, columns, path):
@@ -536,9 +549,9 @@ def read_qm9_wheel(raw):
         for member in members:
             with io.TextIOWrapper(wheel.open(member), newline="") as file:
                 for row in table(file, ["Index", "Elements", "XYZ_Ang", *columns], f"{raw}/{member}"):
-                    symbols = re.findall("[A-Za-z]+", row["Elements"])
-                    numbers = [number(text) for text in row["XYZ_Ang"].translate({91: None, 93: None}).split(",")]  # [ ]
-                    z, pos = np.array([ATOMIC_NUMBER[s] for s in symbols]), np.array(numbers).reshape(len(symbols), 3)
+                    symbols = re.findall("[A-Za-z]+", row["Elements"])  # ['C','H', ...] and [[x,y,z],[x,y,z], ...]
+                    triples = row["XYZ_Ang"].strip("[]").split("],[")
+                    z, pos = xyz_atoms([[s, *triple.split(",")] for s, triple in zip(symbols, triples, strict=True)])
                     labels = qm9_labels([number(row[column]) for column in columns])
                     yield {"id": int(row["Index"]), "z": z, "pos": pos, "labels": labels}
 
@@ -558,7 +571,7 @@ def read_qm9_tar(raw):
             yield {"id": int(key), "z": z, "pos": pos, "labels": labels}
 
 
-def read_qm9_sdf(sdf, properties):
+def read_qm9_sdf(properties, sdf):
     columns = [column for *_, column in QM9_LABELS]
     with open_raw(sdf) as file, open(properties, newline="") as rows:
         pairs = itertools.zip_longest(sdf_blocks(file), table(rows, ["mol_id", *columns], properties))
@@ -568,37 +581,36 @@ def read_qm9_sdf(sdf, properties):
             if not row or title != row["mol_id"]:
                 there = row["mol_id"] if row else "the end"
                 raise InputError(f"{sdf} and {properties} do not belong together: {title} here is {there} there")
-            num = int(lines[3][:3])
-            # V2000: columns of ten characters, then the symbol
-            rows_of = [(line[31:34].strip(), line[:10], line[10:20], line[20:30]) for line in lines[4 : num + 4]]
-            z, pos = xyz_atoms(rows_of)
+            atoms = lines[4 : 4 + int(lines[3][:3])]  # V2000: three columns of ten characters, then the symbol
+            z, pos = xyz_atoms([(line[31:34].strip(), line[:10], line[10:20], line[20:30]) for line in atoms])
             labels = qm9_labels([number(row[column]) for column in columns])
             yield {"id": int(title.removeprefix("gdb_")), "z": z, "pos": pos, "labels": labels}
 
 
+def read_uncharacterized(path):
+    """The molecules to leave out: every line of the list that starts with a number."""
+    words = [line.split() for line in path.read_text().splitlines()]
+    ids = {int(first) for first, *_ in filter(None, words) if first.isdigit()}
+    if not ids:
+        raise InputError(f"{path}: no line starts with the number of a molecule: is it uncharacterized.txt?")
+    return ids
+
+
 def read_qm9(*raws):
-    """The wheel of qm9pack, the archive of xyz files, or SDF and csv; a list of ids (.txt) to leave out may be added."""
-    kinds = {".txt": [], ".whl": [], ".tar": [], ".sdf": [], ".csv": []}
-    for raw in raws:
-        kind = ".tar" if re.search(r"\.tar(\.\w+)?$", raw.name) else raw.suffix
-        kinds.get(kind, kinds[".tar"]).append(raw)
-    listed, wheel, tar, sdf, properties = kinds.values()
-    if [len(kinds[k]) for k in (".whl", ".tar", ".sdf", ".csv")] == [1, 0, 0, 0]:
-        molecules = read_qm9_wheel(*wheel)
-    elif [len(kinds[k]) for k in (".whl", ".tar", ".sdf", ".csv")] == [0, 1, 0, 0]:
-        molecules = read_qm9_tar(*tar)
-    elif [len(kinds[k]) for k in (".whl", ".tar", ".sdf", ".csv")] == [0, 0, 1, 1]:
-        molecules = read_qm9_sdf(*sdf, *properties)
+    """The wheel of qm9pack, the archive of xyz files, or SDF and csv; and, if given, the list of those to leave out."""
+    dropped = set().union(*(read_uncharacterized(raw) for raw in raws if raw.suffix == ".txt"))
+    rest = sorted((raw for raw in raws if raw.suffix != ".txt"), key=lambda raw: raw.suffix)
+    kinds = [raw.suffix for raw in rest]
+    if kinds == [".whl"]:
+        molecules = read_qm9_wheel(*rest)
+    elif kinds == [".csv", ".sdf"]:
+        molecules = read_qm9_sdf(*rest)
+    elif len(rest) == 1 and ".tar" in rest[0].suffixes:
+        molecules = read_qm9_tar(*rest)
     else:
-        expected = "qm9pack-*.whl, dsgdb9nsd.xyz.tar.bz2, or gdb9.sdf with gdb9.sdf.csv; uncharacterized.txt may be added"
-        raise InputError(f"qm9 takes {expected}; got {' '.join(raw.name for raw in raws)}", code=2)
-    dropped = set()
-    for path in listed:
-        with readable(path):
-            first = [line.split()[:1] for line in path.read_text().splitlines()]
-        dropped |= {int(words[0]) for words in first if words and words[0].isdigit()}
-        if not dropped:
-            raise InputError(f"{path}: no line starts with the number of a molecule: is it uncharacterized.txt?")
+        takes = "qm9 takes qm9pack-*.whl, dsgdb9nsd.xyz.tar.bz2, or gdb9.sdf with gdb9.sdf.csv"
+        got = " ".join(raw.name for raw in raws)
+        raise InputError(f"{takes}, and beside it uncharacterized.txt if you have it; got {got}", code=2)
     for mol in molecules:
         yield {"id": mol["id"], "skip": "on the list of uncharacterized molecules"} if mol["id"] in dropped else mol
 
@@ -612,12 +624,12 @@ def read_pcqm4mv2(raw):
             yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
         return
     need("rdkit.Chem", "reading SDF")
-    found = False
+    if ".tar" not in raw.suffixes:  # unpacked by hand
+        with open_raw(raw) as file:
+            yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
+        return
     for name, file in tar_members(raw):
         if name.endswith(".sdf"):
-            if found:
-                raise InputError(f"{raw}: more than one .sdf inside: is it pcqm4m-v2-train.sdf.tar.gz?")
-            found = True
             yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
 
 
@@ -642,8 +654,8 @@ def read_npz(raw, keys, index=None):
     if not shapes or energy.shape not in ((len(ids),), (len(ids), 1)):
         said = ", ".join(f"{key} {a.shape}" for key, a in zip(keys, (z, pos, energy, forces)))
         raise InputError(f"{raw}: shapes that do not fit each other: {said}")
-    if any(values.dtype.kind not in "iuf" for values in (z, pos, energy, forces, ids)):
-        raise InputError(f"{raw}: arrays that are not numbers")
+    if z.dtype.kind not in "iu" or any(values.dtype.kind not in "iuf" for values in (pos, energy, forces, ids)):
+        raise InputError(f"{raw}: atomic numbers must be integers, and all else numbers")
     for key, frame, e, f in zip(ids, pos, energy.reshape(-1), forces):
         yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": {"energy": float(e), "forces": f}}
 
@@ -657,51 +669,30 @@ def read_xyz(raw):
             continue
         known = dict(atoms.calc.results if atoms.calc else {})
         known |= {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
-        labels = {name: known[name] for name in ("energy", "forces") if name in known}
+        labels = {"energy": float(known["energy"])} if "energy" in known else {}
+        labels |= {"forces": np.asarray(known["forces"], dtype=np.float64)} if "forces" in known else {}
         yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
 
 
 KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
 EV = {"energy": "eV", "forces": "eV/angstrom"}
-MD17_KEYS, RMD17_KEYS = ("z", "R", "E", "F"), ("nuclear_charges", "coords", "energies", "forces")
-SOURCES = {  # reader of one raw file (qm9: of all), name, units, license and attribution
-    "qm9": (
-        read_qm9,
-        "QM9",
-        {f"y/{name}": unit for name, unit, *_ in QM9_LABELS},
-        "CC0 1.0",
-        "R. Ramakrishnan, P. O. Dral, M. Rupp, O. A. von Lilienfeld, Sci. Data 1, 140022 (2014)",
-    ),
-    "pcqm4mv2": (
-        read_pcqm4mv2,
-        "PCQM4Mv2",
-        {},
-        "CC BY 4.0",
-        "W. Hu et al., OGB-LSC, arXiv:2103.09430 (2021); M. Nakata, T. Shimazaki, J. Chem. Inf. Model. 57, 1300 (2017)",
-    ),
-    "sdf": (read_sdf, "", {}, "", ""),
-    "md17": (
-        partial(read_npz, keys=MD17_KEYS),
-        "MD17",
-        KCAL,
-        "",
-        "S. Chmiela, A. Tkatchenko, H. E. Sauceda, I. Poltavsky, K. T. Schütt, K.-R. Müller, Sci. Adv. 3, e1603015 (2017)",
-    ),
-    "rmd17": (
-        partial(read_npz, keys=RMD17_KEYS, index="old_indices"),
-        "rMD17",
-        KCAL,
-        "CC0 1.0",
-        "A. S. Christensen, O. A. von Lilienfeld, Mach. Learn.: Sci. Technol. 1, 045018 (2020)",
-    ),
-    "md22": (
-        partial(read_npz, keys=MD17_KEYS),
-        "MD22",
-        KCAL,
-        "",
-        "S. Chmiela et al., Sci. Adv. 9, eadf0873 (2023)",
-    ),
-    "xyz": (read_xyz, "", EV, "", ""),
+read_md17 = partial(read_npz, keys=("z", "R", "E", "F"))
+read_rmd17 = partial(read_npz, keys=("nuclear_charges", "coords", "energies", "forces"), index="old_indices")
+SOURCES = {  # reader of one raw file (qm9: of all of them), units of its labels
+    "qm9": (read_qm9, {f"y/{name}": unit for name, unit, *_ in QM9_LABELS}),
+    "pcqm4mv2": (read_pcqm4mv2, {}),
+    "sdf": (read_sdf, {}),
+    "md17": (read_md17, KCAL),
+    "rmd17": (read_rmd17, KCAL),
+    "md22": (read_md17, KCAL),
+    "xyz": (read_xyz, EV),
+}
+CREDIT = {  # name, license, attribution
+    "qm9": ("QM9", "CC0 1.0", "R. Ramakrishnan, P. O. Dral, M. Rupp, O. A. von Lilienfeld, Sci. Data 1, 140022 (2014)"),
+    "pcqm4mv2": ("PCQM4Mv2", "CC BY 4.0", "W. Hu et al., OGB-LSC, arXiv:2103.09430 (2021), from PubChemQC"),
+    "md17": ("MD17", "not stated", "S. Chmiela et al., Sci. Adv. 3, e1603015 (2017)"),
+    "rmd17": ("rMD17", "CC0 1.0", "A. S. Christensen, O. A. von Lilienfeld, MLST 1, 045018 (2020)"),
+    "md22": ("MD22", "not stated", "S. Chmiela et al., Sci. Adv. 9, eadf0873 (2023)"),
 }
 
 
@@ -715,12 +706,25 @@ def stem(path):
 
 def read_source(source, raws):
     """Every molecule of the raw files, in order; several files become named splits."""
-    read = SOURCES[source][0]
-    groups = [raws] if source == "qm9" else [[raw] for raw in raws]
-    for group in groups:
-        with readable(group[0]):
-            for mol in read(*group):
-                yield mol | {"split": (stem(group[0]),)} if len(groups) > 1 else mol
+    for group in [raws] if source == "qm9" else [[raw] for raw in raws]:
+        molecule = None
+        with readable(*group):
+            for molecule in SOURCES[source][0](*group):
+                yield molecule | {"split": (stem(group[0]),)} if len(group) < len(raws) else molecule
+        if molecule is None:
+            raise InputError(f"{' '.join(map(str, group))}: no molecules inside: is it the right file, and whole?")
+
+
+def credit(source, raws):
+    """Name, license and attribution, but only for files that bear the name of the set they come from."""
+    stems = " ".join(stem(raw) for raw in raws)
+    if source not in CREDIT or ("md" in source and not all(raw.name.startswith(source) for raw in raws)):
+        return {"name": stems}
+    name, license_, attribution = CREDIT[source]
+    if raws[0].suffix == ".whl":
+        license_, attribution = f"{license_} (qm9pack: MIT)", f"{attribution}; via {' '.join(stems.split('-')[:2])}"
+    name = f"{name}: {stems}" if "md" in source else name
+    return {"name": name, "license": license_, "attribution": attribution}
 
 
 def check_out(out):
@@ -746,9 +750,9 @@ def save(out, molecules, attrs, units):
     print(f"{out}: {written:,} molecules, {atoms:,} atoms, {size:.1f} MB, in {seconds:.1f} s")
     labels = Molecules(out).units
     print("  labels: " + (", ".join(f"{name} [{unit}]" for name, unit in labels.items()) or "none, geometries only"))
-    for cause, (count, first) in sorted(skipped.items()) or [("nothing", (0, []))]:
-        ids = f" (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})" if count else ""
-        print(f"  skipped {count:,}: {cause}{ids}" if count else "  skipped 0")
+    print(f"  skipped {sum(count for count, _ in skipped.values()):,}")
+    for cause, (count, first) in sorted(skipped.items()):
+        print(f"    {count:,}: {cause} (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
 
 
 def convert(source, raws, out):
@@ -757,25 +761,22 @@ def convert(source, raws, out):
     check_out(out)
     for raw in raws:
         if raw.suffix == ".h5":
-            raise InputError(f"{raw} comes before {out}: only the last argument is the file to write", code=2)
-        with readable(raw):
-            open(raw, "rb").close()
+            raise InputError(f"{raw} stands before {out}: the file to write is the last one", code=2)
+        if not raw.is_file():
+            raise InputError(f"{raw}: {'a folder, not a file' if raw.is_dir() else 'no such file'}")
+        if not os.access(raw, os.R_OK):
+            raise InputError(f"{raw}: no permission to read it")
     if source == "pcqm4mv2" and len(raws) > 1:
-        raise InputError("pcqm4mv2 takes one raw file", code=2)
+        raise InputError(f"pcqm4mv2 takes one raw file, got {len(raws)}", code=2)
     if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
-        raise InputError("two raw files have the same name, and names become splits: rename one", code=2)
-    _, name, units, license_, attribution = SOURCES[source]
-    stems = " ".join(stem(raw) for raw in raws)
-    attrs = {
-        "name": name if source in ("qm9", "pcqm4mv2") else f"{name} {stems}".strip(),
-        "source": " ".join(raw.name for raw in raws),
-        "source_sha256": " ".join(sha256(raw) for raw in raws),
-        "command": f"python data.py {source} {' '.join(raw.name for raw in raws)} {out.name}",
+        raise InputError("two raw files have the same name, which names their split: rename one", code=2)
+    names = [raw.name for raw in raws]
+    attrs = credit(source, raws) | {
+        "source": "\n".join(names),
+        "source_sha256": "\n".join(sha256(raw) for raw in raws),
+        "command": f"python data.py {source} {' '.join(names)} {out.name}",
     }
-    if raws[0].suffix == ".whl":
-        license_, attribution = "CC0 1.0 (QM9), MIT (qm9pack)", f"{attribution}; via qm9pack 1.0.3, R. Ramakrishnan"
-    attrs |= {key: value for key, value in (("license", license_), ("attribution", attribution)) if value}
-    save(out, read_source(source, raws), attrs, units)
+    save(out, read_source(source, raws), attrs, SOURCES[source][1])
 
 
 def sample(path, out, num=None, seed=None):
@@ -787,6 +788,7 @@ def sample(path, out, num=None, seed=None):
     index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
     names = [name for name in molecules.units if name != "forces"]
     columns = {name if name == "energy" else f"y/{name}": molecules.label(name)[index] for name in names}
+    splits = {name: np.isin(index, members) for name, members in molecules.splits.items()}
     forces, ids = "forces" in molecules.units, molecules.ids
 
     def stream():
@@ -794,7 +796,7 @@ def sample(path, out, num=None, seed=None):
             atoms = molecules.read([m], forces=forces)
             labels = {name: column[k] for name, column in columns.items()}
             labels |= {"forces": atoms["forces"].numpy()} if forces else {}
-            split = [name for name, members in molecules.splits.items() if m in members]
+            split = [name for name, inside in splits.items() if inside[k]]
             yield {"id": ids[m], "z": atoms["z"].numpy(), "pos": atoms["pos"].numpy(), "labels": labels, "split": split}
 
     attrs = molecules.attrs | {"name": f"{molecules.name}, {num} of {len(molecules)} molecules, seed {seed}"}
@@ -804,47 +806,46 @@ def sample(path, out, num=None, seed=None):
     save(out, stream(), attrs, units)
 
 
-def info(path, looked_at=10_000):
+def info(path, sampled=10_000):
     """python data.py info FILE.h5"""
     m = Molecules(path)
-    counts, elements, forces = np.diff(m.ptr), np.zeros(119, dtype=np.int64), []
-    for start in range(0, len(m), looked_at):  # every atom: Molecules.read refuses what is not finite
-        atoms = m.read(range(start, min(start + looked_at, len(m))), forces="forces" in m.units)
-        elements += np.bincount(atoms["z"], minlength=119)
+    atoms, elements, square, largest = np.diff(m.ptr), np.zeros(119, dtype=np.int64), 0.0, 0.0
+    for start in range(0, len(m), sampled):  # all atoms: read refuses positions and elements that cannot be
+        part = m.read(range(start, min(start + sampled, len(m))), forces="forces" in m.units)
+        elements += np.bincount(part["z"], minlength=119)
         if "forces" in m.units:
-            f = atoms["forces"].double()
-            forces.append((f.numel(), f.square().sum().item(), f.abs().max().item()))
-    chosen = np.unique(np.linspace(0, len(m) - 1, min(len(m), looked_at)).astype(np.int64))
-    nearest, pairs = [], 0
-    for k in chosen:
-        distance = torch.pdist(m.read([k])["pos"])
-        nearest.append(distance.min().item() if len(distance) else np.inf)
-        pairs += (distance < 5).sum().item()
+            square += part["forces"].double().square().sum().item()
+            largest = np.maximum(largest, part["forces"].abs().max().item())  # keeps a nan
+    chosen = np.unique(np.linspace(0, len(m) - 1, min(len(m), sampled)).astype(np.int64))
     which = "all molecules" if len(chosen) == len(m) else f"{len(chosen):,} evenly spaced molecules"
-    kinds = ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements))
+    tables = (distances(m.read([k])["pos"].numpy()) for k in chosen)
+    nearest, pairs = np.array([(table.min(), (table < 5).sum() / 2) for table in tables]).T
+    wrong = [] if nearest.min() >= MIN_DISTANCE else [f"molecule {chosen[nearest.argmin()]} has atoms that coincide"]
     size = f"{len(m):,} molecules, {m.ptr[-1]:,} atoms, {os.path.getsize(path) / 1e6:.1f} MB"
     lines = [("name", m.name), ("size", size)]
-    lines += [("atoms", f"{counts.min()} to {counts.max()} per molecule, mean {counts.mean():.1f}"), ("elements", kinds)]
-    lines += [("pairs", f"{pairs / len(chosen):.1f} per molecule within 5 Å ({which})")]
-    close = " - CHECK: too close for a molecule" if min(nearest) < MIN_DISTANCE else ""
-    lines += [("closest", f"{min(nearest):.3f} Å in molecule {chosen[np.argmin(nearest)]} ({which}){close}")]
+    lines += [("atoms", f"{atoms.min()} to {atoms.max()} per molecule, mean {atoms.mean():.1f}")]
+    lines += [("elements", ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements)))]
+    lines += [("pairs", f"{pairs.mean():.1f} per molecule within 5 Å ({which})")]
+    if np.isfinite(nearest.min()):
+        lines += [("closest atoms", f"{nearest.min():.3f} Å in molecule {chosen[nearest.argmin()]} ({which})")]
     lines += [("splits", ", ".join(f"{name} {len(index):,}" for name, index in m.splits.items()) or "none")]
     for key in ("source", "source_sha256", "command", "license", "attribution"):
         lines += [(key, line) for line in str(m.attrs.get(key, "not stated")).split("\n")]
-    lines += [("sha256", m.sha256())]
-    for key, text in lines:
-        print(f"{key:14} {text}")
-    print("\n" + f"{'label':14} {'unit':17} {'mean':>16} {'std':>14} {'min':>16} {'max':>16}" if m.units else "no labels")
-    for name in m.units:
+    lines += [("sha256", m.sha256()), ("", "")]
+    head = f"{'unit':17} {'mean':>15} {'std':>12} {'min':>15} {'max':>15}"
+    lines += [("label", head if m.units else "none")]
+    for name, unit in m.units.items():
         if name == "forces":
-            rms = np.sqrt(sum(s for _, s, _ in forces) / sum(n for n, _, _ in forces))
-            stats = f"{'':16} {rms:14.6g} {'':16} {max(f for *_, f in forces):16.10g}  (rms and largest component)"
+            rms = np.sqrt(square / (3 * m.ptr[-1]))
+            stats = f"{'':15} {rms:12.6g} {'':15} {largest:15.9g}  (rms, largest component)"
         else:
-            values = m.label(name)
-            if not np.isfinite(values).all():
-                raise InputError(f"{path}: label {name} of molecule {np.isfinite(values).argmin()} is not finite")
-            stats = f"{values.mean():16.10g} {values.std():14.6g} {values.min():16.10g} {values.max():16.10g}"
-        print(f"{name:14} {m.units[name]:17} {stats}")
+            v = m.label(name)
+            stats = f"{v.mean():15.9g} {v.std():12.6g} {v.min():15.9g} {v.max():15.9g}"
+        lines += [(name, f"{unit:17} {stats}")]
+        wrong += [f"{name} is not finite everywhere"] if "nan" in stats or "inf" in stats else []
+    print("\n".join(f"{key:14} {text}".rstrip() for key, text in lines))
+    if wrong:
+        raise InputError(f"{path}: not fit for training: {'; '.join(wrong)}: convert it again with data.py")
 
 
 def main(argv):

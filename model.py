@@ -24,7 +24,7 @@ arXiv:2202.02541) on 3D geometries alone. This file reads from leaf to root:
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -70,12 +70,13 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
 
 
 def safe_norm(vec, dim):
-    """Euclidean norm with finite first and second derivatives at the zero vector.
+    """|vec|, as s / sqrt(s + 1e-10) of the squared length s: first and second derivatives are finite at zero.
 
-    UPSTREAM torchmd-net/models/utils.py:626-645 masks the zero instead, which leaves an arbitrary direction where a
-    symmetry makes vec vanish up to rounding (the carbon of CO2); this shifts the norm by rounding only.
+    UPSTREAM torchmd-net/models/utils.py:626-645 masks the zero instead. But where a symmetry makes vec vanish (the
+    carbon of CO2) it is rounding, not zero, and d|vec| any direction: here the derivative goes to zero with it.
     """
-    return (vec.square().sum(dim) + torch.finfo(vec.dtype).eps).sqrt()
+    square = vec.square().sum(dim)
+    return square * (square + 1e-10).rsqrt()
 
 
 # ---------------------------------------------------------------- 2  radial functions
@@ -307,28 +308,31 @@ class WhitenVectorNorm(nn.Module):
         return (InverseSqrt.apply(covariance) @ centred).to(vec.dtype) * self.weight
 
 
-def vector_norm(kind, channels):
-    """The norm that a `vec_norm_*` key names: none | rms | whiten."""
-    return {"none": lambda _: nn.Identity(), "rms": RMSVectorNorm, "whiten": WhitenVectorNorm}[kind](channels)
-
-
 # ---------------------------------------------------------------- 5  encoder
+
+
+def setting(default, low=None, choices=None):
+    """A config field and what it allows; pretrain.build_config checks it."""
+    return field(default=default, metadata={"low": low, "choices": choices})
+
+
+VECTOR_NORMS = {"none": nn.Identity, "rms": RMSVectorNorm, "whiten": WhitenVectorNorm}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the encoder; defaults are Table 13's QM9 column. Names are Table 13's where it has one."""
 
-    embedding_dimension: int = 256
-    num_layers: int = 8
-    num_rbf: int = 64
-    num_heads: int = 8
-    cutoff_upper: float = 5.0  # Angstrom
-    max_z: int = 100  # atomic numbers 0 .. max_z - 1
-    max_num_neighbors: int = 0  # 0: no bound; see radius_graph
+    embedding_dimension: int = setting(256, low=1)
+    num_layers: int = setting(8, low=1)
+    num_rbf: int = setting(64, low=2)
+    num_heads: int = setting(8, low=1)
+    cutoff_upper: float = setting(5.0, low=0.1)  # Angstrom
+    max_z: int = setting(100, low=1)  # atomic numbers 0 .. max_z - 1
+    max_num_neighbors: int = setting(0, low=0)  # 0: no bound; see radius_graph
     x_norm_layer: bool = True  # PAPER-SILENT: LayerNorm on x after each residual
-    vec_norm_layer: str = "rms"  # PAPER-SILENT: norm on vec after each residual: none | rms | whiten
-    vec_norm_out: str = "rms"  # PAPER-SILENT: norm on vec after the last layer
+    vec_norm_layer: str = setting("rms", choices=tuple(VECTOR_NORMS))  # PAPER-SILENT: on vec after each residual
+    vec_norm_out: str = setting("rms", choices=tuple(VECTOR_NORMS))  # PAPER-SILENT: on vec after the last layer
     vector_cutoff: bool = False
 
     def __post_init__(self):
@@ -354,7 +358,7 @@ class EquivariantLayers(nn.Module):
         self.x_norms = nn.ModuleList(
             nn.LayerNorm(channels) if config.x_norm_layer else nn.Identity() for _ in range(num_layers)
         )
-        self.vec_norms = nn.ModuleList(vector_norm(config.vec_norm_layer, channels) for _ in range(num_layers))
+        self.vec_norms = nn.ModuleList(VECTOR_NORMS[config.vec_norm_layer](channels) for _ in range(num_layers))
 
     def graph(self, pos, batch):
         """pos (N, 3), batch (N,) -> Graph of the pairs within cutoff_upper."""
@@ -392,7 +396,7 @@ class EquivariantTransformer(EquivariantLayers):
         self.embedding = nn.Embedding(config.max_z, channels)
         self.neighbor_embedding = NeighborEmbedding(channels, config.num_rbf, config.max_z)
         self.out_norm = nn.LayerNorm(channels)
-        self.out_norm_vec = vector_norm(config.vec_norm_out, channels)
+        self.out_norm_vec = VECTOR_NORMS[config.vec_norm_out](channels)
 
     def forward(self, z, pos, batch):
         graph = self.graph(pos, batch)
@@ -482,8 +486,8 @@ class GraphPooling(nn.Module):
             weight = torch.ones_like(x[:, :1])  # (N, 1)
         else:
             score = self.score(x)  # (N, 1)
-            highest = score.detach().new_full((num_molecules, 1), -torch.inf)
-            highest.index_reduce_(0, batch, score.detach(), "amax")
+            lowest = torch.full_like(score[:num_molecules], -torch.inf)  # (B, 1)
+            highest = lowest.scatter_reduce(0, batch.unsqueeze(1), score.detach(), "amax")
             weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
         total = scatter_sum(weight, batch, num_molecules)  # (B, 1)
         return scatter_sum(weight * x, batch, num_molecules) / total
@@ -555,7 +559,7 @@ class Pretraining(nn.Module):
             return {"loss": losses["loss_noise"], **losses}
         losses["loss_clean"] = predicted[N:].square().mean()
 
-        # Graph level, Sec. 4.2 "Reconstruction Head": of the clean molecule the decoder sees the pooled embedding alone.
+        # Graph level, Sec. 4.2 "Reconstruction Head": of the clean molecule the decoder sees its pooled embedding.
         # L_rec = 1/3N sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         x_rec, vec_rec = x[-N:] if len(variants) == 3 else x[:N], vec[-N:] if len(variants) == 3 else vec[:N]

@@ -40,14 +40,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import InputError, Molecules, StepBatches, cli, split_indices
-from model import EquivariantTransformer, ModelConfig, Pretraining, save_encoder
+from model import EquivariantTransformer, ModelConfig, Pretraining, save_encoder, setting
 
 # ---------------------------------------------------------------- settings
-
-
-def setting(default, low=None, high=None, choices=None):
-    """A config field with the values it allows."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -158,13 +153,12 @@ def build_config(kind, settings, prefix=""):
             continue
         values[key] = convert(value, known[key].type, name)
         allowed = known[key].metadata
-        low, high, choices = (allowed.get(bound) for bound in ("low", "high", "choices"))
+        low, choices = allowed.get("low"), allowed.get("choices")
         for item in values[key] if isinstance(values[key], tuple) else [values[key]]:
             if choices and item not in choices:
                 raise InputError(f"{name} = {item}: must be one of {', '.join(map(str, choices))}", code=2)
-            if low is not None and item < low or high is not None and item > high:
-                bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise InputError(f"{name} = {item}: must be {bounds}", code=2)
+            if low is not None and item < low:
+                raise InputError(f"{name} = {item}: must be at least {low}", code=2)
     try:
         return kind(**values)
     except ValueError as error:
@@ -352,11 +346,18 @@ def validation_batches(molecules, index, size):
 
 def run_losses(net, part, noise, device, config, shuffle=False):
     """Losses of one part of a batch, by name."""
+    if (highest := int(part["z"].max())) >= config.model.max_z:
+        raise InputError(
+            f"{config.data} holds atomic number {highest}, model.max_z = {config.model.max_z}: set it above {highest}"
+        )
     z, pos, batch, noise = (
         tensor.to(device, non_blocking=True) for tensor in (part["z"], part["pos"], part["batch"], noise)
     )
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return net(z, pos, batch, noise, part["num_molecules"], shuffle)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return net(z, pos, batch, noise, part["num_molecules"], shuffle)
+    except ValueError as error:  # more neighbours than model.max_num_neighbors
+        raise InputError(str(error)) from None
 
 
 @torch.no_grad()
@@ -372,19 +373,11 @@ def evaluate(net, batches, device, config, rank, world):
     return dict(zip(losses, (total[:-1] / total[-1]).tolist(), strict=True))
 
 
-def check_elements(part, config):
-    if (highest := int(part["z"].max())) >= config.model.max_z:
-        raise InputError(
-            f"{config.data} holds atomic number {highest}, model.max_z = {config.model.max_z}: set it above {highest}"
-        )
-
-
 def train_step(net, parts, step, device, config, world):
     """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
     share = {}
     noise = standard_normal((parts[0]["global_atoms"], 3), config.seed, step)  # (A, 3) for the global batch
     for k, part in enumerate(parts):
-        check_elements(part, config)
         first, num_atoms = part["first_atom"], len(part["z"])
         if isinstance(net, DistributedDataParallel):
             net.require_backward_grad_sync = k == len(parts) - 1

@@ -1,0 +1,137 @@
+"""The studies behind the README's figures: which runs they are, how they are run, what is kept of them.
+
+    python reproduce.py                      the studies and what of each is done
+    python reproduce.py STUDY [jobs=N]       run what is missing, N runs at a time, then write results/STUDY/
+    python reproduce.py STUDY draw           draw its figure again from results/STUDY/*.json
+
+A run lives in out/STUDY/<run>: a finished one is not run again, a stopped one goes on where it stopped. Of each run
+results/STUDY/<run>.json keeps the command, the seed, the commit, the machine, the final figures and the curves.
+"""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data import InputError, cli
+
+ROOT = Path(__file__).parent
+
+
+def seeds(numbers, runs):
+    """{name: arguments} -> {name_s<seed>: arguments with the seed}."""
+    return {f"{name}_s{seed}": [*arguments, f"seed={seed}"] for name, arguments in runs.items() for seed in numbers}
+
+
+STUDIES = {
+    # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds
+    "qm9_small": seeds(
+        (1, 2),
+        {
+            "georecon": ["pretrain.py", "configs/qm9_small.yaml"],
+            "coord": ["pretrain.py", "configs/qm9_small.yaml", "objective=coord"],
+        },
+    ),
+}
+
+
+def folder(study, run):
+    return ROOT / "out" / study / run
+
+
+def finished(study, run):
+    return (folder(study, run) / "metrics.json").exists()
+
+
+def execute(study, run):
+    """Run one run to its end, or the rest of it; its output goes to a file beside its folder."""
+    out = folder(study, run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    resume = ["resume=true"] if (out / "config.yaml").exists() else []
+    command = [sys.executable, *STUDIES[study][run], f"out_dir=out/{study}/{run}", *resume]
+    with open(out.parent / f"{run}.txt", "a") as file:
+        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+    print(f"{study}/{run}: {'done' if code == 0 else f'failed with exit code {code}'}, see {file.name}", flush=True)
+
+
+def keep(study, run):
+    """Write results/STUDY/<run>.json from the run's folder."""
+    log = [json.loads(line) for line in (folder(study, run) / "log.jsonl").read_text().splitlines()]
+    result = {
+        "study": study,
+        "run": run,
+        **json.loads((folder(study, run) / "metrics.json").read_text()),
+        "curve_val": [record for record in log if record["split"] == "val"],
+        "molecules_per_s": sorted(record.get("molecules_per_s", 0) for record in log if record["split"] == "train"),
+    }
+    rates = result["molecules_per_s"]
+    result["molecules_per_s"] = rates[len(rates) // 2]
+    path = ROOT / "results" / study / f"{run}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def draw(study):
+    """results/STUDY/loss.png: validation losses over the steps, and whether the decoder uses the graph embedding."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError:
+        raise InputError("drawing needs matplotlib: pip install matplotlib") from None
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / study).glob("*.json"))]
+    if not results:
+        raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    curves = {
+        ("coord", "loss_noise"): ("Coord: noise", "0.6", "-"),
+        ("georecon", "loss_noise"): ("GeoRecon: noise", "0.0", "-"),
+        ("georecon", "loss_rec"): ("GeoRecon: rec", "0.0", "--"),
+        ("georecon", "loss_clean"): ("GeoRecon: clean", "0.0", ":"),
+    }
+    labelled = set()
+    for result in results:
+        steps = [record["step"] for record in result["curve_val"]]
+        for (objective, name), (label, grey, line) in curves.items():
+            if objective == result["objective"]:
+                losses = [record[name] for record in result["curve_val"]]
+                left.plot(steps, losses, line, color=grey, lw=1.2, label=None if label in labelled else label)
+                labelled.add(label)
+        if result["objective"] == "georecon":
+            gap = [record["loss_rec_shuffled"] - record["loss_rec"] for record in result["curve_val"]]
+            right.plot(
+                steps, gap, "-o", color="0.0", ms=3, lw=1, label=f"seed {result['seed']}", alpha=1 / result["seed"]
+            )
+    left.set(xlabel="step", ylabel="validation loss", ylim=(0, 1.05), title="what is learned")
+    right.set(xlabel="step", ylabel="rec loss, shuffled - true", title="is the graph embedding used?")
+    right.axhline(0, color="0.6", lw=0.8)
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    figure.savefig(ROOT / "results" / study / "loss.png", dpi=120)
+
+
+def main(arguments):
+    if not arguments:
+        for study, runs in STUDIES.items():
+            print(f"{study}: {sum(finished(study, run) for run in runs)} of {len(runs)} runs done: {', '.join(runs)}")
+        return
+    study, options = arguments[0], arguments[1:]
+    if study not in STUDIES:
+        raise InputError(f"no study {study!r}: there are {', '.join(STUDIES)}", code=2)
+    jobs = 1
+    for option in options:
+        key, _, value = option.partition("=")
+        if option != "draw" and not (key == "jobs" and value.isdecimal() and int(value) > 0):
+            raise InputError(f"argument {option!r}: after the study comes draw, or jobs=N", code=2)
+        jobs = int(value) if key == "jobs" else jobs
+    if "draw" not in options:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda run: execute(study, run), [r for r in STUDIES[study] if not finished(study, r)]))
+        for run in filter(lambda run: finished(study, run), STUDIES[study]):
+            keep(study, run)
+        if missing := [run for run in STUDIES[study] if not finished(study, run)]:
+            raise InputError(f"{len(missing)} of {len(STUDIES[study])} runs are not finished: {', '.join(missing)}")
+    draw(study)
+
+
+if __name__ == "__main__":
+    cli(main)

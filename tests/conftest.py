@@ -1,0 +1,11 @@
+"""Shared by all tests: where they run. GEORECON_TEST_DEVICE=cuda pytest runs the model's tests on a GPU."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device(os.environ.get("GEORECON_TEST_DEVICE", "cpu"))
