@@ -104,6 +104,14 @@ def cli(main):
         sys.exit(130)
 
 
+def check_file(path, remedy):
+    """Refuse a file that cannot be opened for reading."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}: {remedy}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: no permission to read it")
+
+
 def sha256(path):
     """Hex digest of a file, read in pieces."""
     digest = hashlib.sha256()
@@ -130,8 +138,7 @@ class Molecules:
     def __init__(self, path):
         self.path = str(path)
         self._raw = self._file = None  # opened on first use, in each process
-        if not os.path.isfile(self.path):
-            raise InputError(f"{self.path}: no such file: convert one with `python data.py SOURCE RAW {self.path}`")
+        check_file(path, "convert one with `python data.py SOURCE RAW OUT.h5`")
         try:
             file = h5py.File(self.path, "r")
         except OSError as error:
@@ -355,8 +362,9 @@ def write_h5(out, molecules, attrs, units):
                 labels = sorted(mol["labels"])
                 per_molecule |= {name: array("d") for name in labels if name != "forces"}
             if sorted(mol["labels"]) != labels:
-                have, before = sorted(mol["labels"]) or "no labels", labels or "no labels"
-                raise InputError(f"molecule {mol['id']} has {have}, those before it {before}: convert them apart")
+                have, before = (" and ".join(names) or "no labels" for names in (sorted(mol["labels"]), labels))
+                which = f"molecule {mol['id']} of {' '.join(mol.get('split', ())) or attrs['source']}"
+                raise InputError(f"{which} has {have}, those before it {before}: convert them apart")
             for name in mol.get("split", ()):
                 splits.setdefault(name, array("q")).append(len(per_molecule["id"]))
             per_molecule["id"].append(mol["id"])
@@ -452,6 +460,11 @@ def sdf_blocks(file):
         raise EOFError("the last molecule has no closing $$$$")
 
 
+def worker_signals():
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # the parent gets it too, and ends its pool in order
+
+
 def parallel(function, items, chunk=256):
     """Results of function(list of items) -> list, over all cores; in order, with few chunks in flight at a time."""
     items = iter(items)
@@ -461,8 +474,7 @@ def parallel(function, items, chunk=256):
         yield from function(first)
         return
     workers = os.cpu_count() or 1
-    # Workers leave Ctrl-C to the parent, which ends the pool.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(workers, initializer=worker_signals) as pool:
         pending = deque()
         for piece in itertools.chain([first], chunks):
             pending.append(pool.submit(function, piece))
@@ -762,10 +774,7 @@ def convert(source, raws, out):
     for raw in raws:
         if raw.suffix == ".h5":
             raise InputError(f"{raw} stands before {out}: the file to write is the last one", code=2)
-        if not raw.is_file():
-            raise InputError(f"{raw}: {'a folder, not a file' if raw.is_dir() else 'no such file'}")
-        if not os.access(raw, os.R_OK):
-            raise InputError(f"{raw}: no permission to read it")
+        check_file(raw, "download it first")
     if source == "pcqm4mv2" and len(raws) > 1:
         raise InputError(f"pcqm4mv2 takes one raw file, got {len(raws)}", code=2)
     if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
@@ -779,7 +788,7 @@ def convert(source, raws, out):
     save(out, read_source(source, raws), attrs, SOURCES[source][1])
 
 
-def sample(path, out, num=None, seed=None):
+def sample(path, out, num, seed):
     """python data.py sample FILE.h5 OUT.h5 num=2000 seed=1: molecules drawn without replacement, in the file's order"""
     molecules, out = Molecules(path), Path(out)
     check_out(out)
@@ -857,8 +866,8 @@ def main(argv):
             print(__doc__.strip())
         case ["info", path]:
             info(path)
-        case ["sample", path, out, num, seed] if re.fullmatch(r"num=\d+ seed=\d+", f"{num} {seed}"):
-            sample(path, out, int(num[4:]), int(seed[5:]))
+        case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d+) seed=(\d+)", " ".join(sorted(keys))):
+            sample(path, out, int(m[1]), int(m[2]))
         case [source, *raws, out] if source in SOURCES and raws:
             convert(source, raws, out)
         case _:

@@ -57,7 +57,8 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
     i = atom.repeat_interleave(num_later)  # (C,) candidates: all pairs i < j of a molecule
     start = num_later.cumsum(0) - num_later
     j = torch.arange(len(i), device=pos.device) - start[i] + i + 1
-    near = (pos[i] - pos[j]).square().sum(-1) < cutoff**2
+    # not (>=) rather than (<): a NaN position stays in the graph and shows, instead of leaving an isolated atom
+    near = ~((pos[i] - pos[j]).square().sum(-1) >= cutoff**2)
     edge_index = torch.stack([j[near], i[near]])  # (2, P)
     if max_num_neighbors:
         degree = 1 + torch.bincount(edge_index.flatten(), minlength=len(pos))
@@ -606,12 +607,18 @@ def save_encoder(encoder):
 
 
 def load_encoder(path):
-    """The ready EquivariantTransformer of an encoder.pt, on the CPU."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no encoder.pt of schema georecon/1")
-    encoder = EquivariantTransformer(ModelConfig(**checkpoint["model"]))
-    load_representation(encoder, checkpoint["state_dict"])
+    """The ready EquivariantTransformer of an encoder.pt, on the CPU; a ValueError says why a file is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["schema"] != "georecon/1":
+            raise ValueError(f"its schema is {checkpoint['schema']}")
+        encoder = EquivariantTransformer(ModelConfig(**checkpoint["model"]))
+        load_representation(encoder, checkpoint["state_dict"])
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no encoder.pt of schema georecon/1: {type(error).__name__} {first}") from None
     return encoder
 
 

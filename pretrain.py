@@ -292,7 +292,7 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
-        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or "optimizer" not in checkpoint:
         raise InputError(f"{path} is no checkpoint of a georecon/1 run")
     return checkpoint

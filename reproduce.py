@@ -24,8 +24,11 @@ def seeds(numbers, runs):
     return {f"{name}_s{seed}": [*arguments, f"seed={seed}"] for name, arguments in runs.items() for seed in numbers}
 
 
+WIDE = ["pretrain.py", "configs/pcqm.yaml", "data=data/qm9.h5", "val_size=1000", "max_steps=3000", "log_every=50"]
+WIDE += ["lr_warmup_steps=300", "lr_cosine_length=3000", "val_every=250", "num_workers=2"]
+
 STUDIES = {
-    # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds
+    # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
     "qm9_small": seeds(
         (1, 2),
         {
@@ -33,6 +36,8 @@ STUDIES = {
             "coord": ["pretrain.py", "configs/qm9_small.yaml", "objective=coord"],
         },
     ),
+    # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes a run on a large GPU.
+    "qm9_wide": seeds((1,), {"georecon": WIDE, "coord": [*WIDE, "objective=coord"]}),
 }
 
 

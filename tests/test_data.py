@@ -230,16 +230,26 @@ def test_qm9_refusals(tmp_path):
     refused("no molecules inside", "qm9", [tar(tmp_path / "empty.tar", {"readme.txt": "nothing"})], out)
 
 
-@pytest.mark.parametrize("name", ["a.tar.bz2", "a.tar.gz", "a.tar"])
-@pytest.mark.parametrize("keep", [0, 0.3, 512, 0.6, 0.99])
-def test_cut_off_archives_are_refused(tmp_path, name, keep):
-    """Also where the cut falls between two members, which tarfile alone takes for the end of the archive."""
+@pytest.mark.parametrize("name", ["a.tar.bz2", "a.tar.gz"])
+@pytest.mark.parametrize("keep", [0, 0.3, 0.6, 0.99])
+def test_cut_off_compressed_archives_are_refused(tmp_path, name, keep):
     path = qm9_tar(tmp_path, name)
     whole = path.read_bytes()
-    if name == "a.tar":  # the blocks of zeros at the end are 10 kB here: cut before them, or inside a header
-        whole = whole.rstrip(b"\0")
-        keep = {0.3: 1024 + 512, 0.6: 1024 + 512 + 100, 0.99: len(whole) // 512 * 512 + 512}.get(keep, keep)
-    path.write_bytes(whole[: keep if keep >= 1 else int(keep * len(whole))])
+    path.write_bytes(whole[: int(keep * len(whole))])
+    refused("damaged, cut off or not the right kind", "qm9", [path], tmp_path / "qm9.h5")
+
+
+def test_cut_off_or_damaged_plain_archives_are_refused(tmp_path):
+    """Also where the cut falls between two members or in a header, which tarfile alone takes for the end."""
+    path = qm9_tar(tmp_path, "a.tar")
+    whole = path.read_bytes()
+    second = whole.index(b"dsgdb9nsd_000002.xyz")  # where its header begins
+    end = whole.index(b"dsgdb9nsd_000003.xyz") + 1024  # one block of header, one of text
+    assert second == 1024 and not whole[end:].strip(b"\0")
+    for keep in (0, 100, 512, second, second + 100, second + 512, second + 600, end):
+        path.write_bytes(whole[:keep])
+        refused("damaged, cut off or not the right kind", "qm9", [path], tmp_path / "qm9.h5")
+    path.write_bytes(whole[:second] + b"?" * 512 + whole[second + 512 :])
     refused("damaged, cut off or not the right kind", "qm9", [path], tmp_path / "qm9.h5")
 
 
@@ -286,12 +296,13 @@ def test_pcqm4mv2_xyz_is_sorted_by_number_and_reads_both_headers(tmp_path, capsy
             archive.writestr(f"pcqm4m-v2_xyz/0000{key % 2}/{key}.xyz", header + rows[key])
         archive.writestr("pcqm4m-v2_xyz/00000/12.xyz", "3\n\nO 0 0 0\nH 0 0 1\n")
         archive.writestr("pcqm4m-v2_xyz/00000/13.xyz", "1\n\nQq 0 0 0\n")
+        archive.writestr("pcqm4m-v2_xyz/00000/14.xyz", "1\n\nO 0 0 0\nH 0 0 1\nH 0 1 0\n")
         archive.writestr("pcqm4m-v2_xyz/readme.xyz", "not a molecule\n")
     m = convert("pcqm4mv2", [path], tmp_path / "pcqm.h5")
     assert m.ids.tolist() == list(range(12))
     np.testing.assert_allclose(m.read([7])["pos"], np.array([p for _, *p in list(many_atoms(12))[7]]), atol=1e-6)
     said = capsys.readouterr().out
-    assert "1: not readable as xyz (id 12)" in said and "1: an element that does not exist (id 13)" in said
+    assert "2: not readable as xyz (id 12, 14)" in said and "1: an element that does not exist (id 13)" in said
 
 
 def test_sdf_ids_are_titles_where_they_are_numbers(tmp_path):
@@ -430,7 +441,10 @@ def test_xyz_without_labels_and_with_cells(tmp_path, capsys):
     assert "none, geometries only" in capsys.readouterr().out
     crystal = extxyz(tmp_path / "b.xyz", extra='Lattice="5 0 0 0 5 0 0 0 5" pbc="T T T"')
     refused("periodic: not a molecule: 3", "xyz", [crystal], tmp_path / "b.h5")
-    refused("convert them apart", "xyz", [path, extxyz(tmp_path / "c.xyz")], tmp_path / "b.h5")
+    both = [path, extxyz(tmp_path / "c.xyz")]
+    refused(
+        "0 of c has energy and forces, those before it no labels: convert them apart", "xyz", both, tmp_path / "b.h5"
+    )
     for content in ("", "hello\n", "3\nwater\nO 0 0 0\n", "3\n\nO 0 0 0\nH 0 0 1\nH 0 x 0\n"):
         path.write_text(content)
         refused("damaged, cut off|no molecules inside", "xyz", [path], tmp_path / "b.h5")
@@ -455,7 +469,7 @@ def test_command_line_converts_samples_and_tells(tmp_path):
     outs = [tmp_path / "a.h5", tmp_path / "b" / "a.h5"]
     outs[1].parent.mkdir()
     for out in outs:
-        assert run("sample", tmp_path / "qm9.h5", out, "num=2", "seed=3").returncode == 0
+        data.main(["sample", str(tmp_path / "qm9.h5"), str(out), "seed=3", "num=2"])
     assert outs[0].read_bytes() == outs[1].read_bytes()  # to the byte
     small, whole = Molecules(outs[0]), Molecules(tmp_path / "qm9.h5")
     rows = [whole.ids.tolist().index(key) for key in small.ids]
@@ -493,7 +507,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
         (["md17", npz, npz, out], 2, "two raw files have the same name"),
         (["pcqm4mv2", npz, npz, out], 2, "takes one raw file"),
         (["info", npz], 1, "not a whole HDF5 file"),
-        (["info", tmp_path], 1, "no such file"),
+        (["info", tmp_path], 1, "a folder, not a file"),
     ]:
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
         with pytest.raises(SystemExit) as exit_:
@@ -671,7 +685,10 @@ def test_a_file_replaced_while_in_use_is_refused(tmp_path):
 
 def test_epoch_order_is_a_function_of_seed_and_epoch():
     order = epoch_order(1000, 7, 3)
-    assert sorted(order.tolist()) == list(range(1000)) and np.array_equal(order, epoch_order(1000, 7, 3))
+    assert sorted(order.tolist()) == list(range(1000))
+    assert np.array_equal(
+        order, np.random.default_rng([7, 3]).permutation(1000)
+    )  # a run stopped today resumes tomorrow
     assert not np.array_equal(order, epoch_order(1000, 7, 4)) and not np.array_equal(order, epoch_order(1000, 3, 7))
 
 

@@ -323,6 +323,18 @@ def test_load_encoder_refuses_what_is_no_encoder(tmp_path, content):
         load_encoder(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize("content", [b"", b"weights", b"PK\x03\x04"])
+def test_load_encoder_refuses_junk(tmp_path, content):
+    (tmp_path / "junk.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="junk.pt is no encoder.pt"):
+        load_encoder(tmp_path / "junk.pt")
+
+
+def test_load_encoder_of_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_encoder(tmp_path / "nowhere.pt")
+
+
 # ---------------------------------------------------------------- radius_graph
 
 
@@ -349,6 +361,13 @@ def test_radius_graph_equals_brute_force(seed, device):
     assert edge_index.dtype == torch.int64
     assert torch.equal(edge_index.cpu(), brute_force(pos, batch, 5.0))
     assert torch.equal(edge_index, radius_graph(pos, batch, 5.0))
+
+
+def test_a_position_that_is_not_finite_shows(device):
+    z, pos, batch = single("aspirin", device)
+    pos[3, 1] = torch.nan
+    x, vec = fill(EquivariantTransformer(small())).to(device, pos.dtype)(z, pos, batch)
+    assert not x.isfinite().any() and not vec.isfinite().any()
 
 
 def test_radius_graph_finds_a_pair_within_and_not_at_the_cutoff(device):

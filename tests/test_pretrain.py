@@ -211,7 +211,7 @@ def test_a_run_leaves_what_design_promises(tiny):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["val"]["loss"] == val["loss"] and metrics["steps"] == 20 and metrics["seed"] == 1
     assert metrics["data_sha256"] == Molecules(DEMO).sha256() and set(metrics["units"]) == set(metrics["val"])
-    encoder, saved = load_encoder(folder / "encoder.pt"), torch.load(folder / "last.pt", weights_only=True)
+    encoder, saved = load_encoder(folder / "encoder.pt"), torch.load(folder / "last.pt", "cpu", weights_only=True)
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, saved["state_dict"][f"encoder.{key}"])
     assert torch.load(folder / "step_10.pt", weights_only=True)["step"] == 10
