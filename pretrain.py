@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -234,6 +235,10 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 class Log:
     """log.jsonl, and the same figures for the eye: a tqdm bar on a terminal, plain lines in a file."""
 
@@ -266,7 +271,7 @@ def drop_log_after(path, step):
             kept += [line + "\n"] if json.loads(line)["step"] <= step else []
         except ValueError:
             continue
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+    write_text(path, "".join(kept))
 
 
 # ---------------------------------------------------------------- run folder
@@ -284,7 +289,10 @@ def open_run_folder(config):
         raise InputError(f"{folder} already holds a run: go on with resume=true, or choose another out_dir=")
     if not (folder / "last.pt").exists():
         return None  # it was stopped before its first checkpoint
-    return load_checkpoint(folder / "last.pt")
+    checkpoint = load_checkpoint(folder / "last.pt")
+    if checkpoint["step"] >= config.max_steps and (folder / "metrics.json").exists():
+        raise InputError(f"{folder} is finished, at step {checkpoint['step']}: set max_steps higher to go on with it")
+    return checkpoint
 
 
 def load_checkpoint(path):
@@ -299,11 +307,8 @@ def load_checkpoint(path):
 
 
 # what may differ between a run and its resumption: where files lie, how often things are written, how work is cut up
-FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"} | {
-    "num_workers",
-    "accumulate",
-    "inference_batch_size",
-}
+FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"}
+FREE_TO_CHANGE |= {"num_workers", "accumulate", "inference_batch_size"}
 
 
 def check_same_run(checkpoint, config, data_sha256):
@@ -379,29 +384,71 @@ def train_step(net, parts, step, device, config, world):
     noise = standard_normal((parts[0]["global_atoms"], 3), config.seed, step)  # (A, 3) for the global batch
     for k, part in enumerate(parts):
         first, num_atoms = part["first_atom"], len(part["z"])
-        if isinstance(net, DistributedDataParallel):
-            net.require_backward_grad_sync = k == len(parts) - 1
-        losses = run_losses(net, part, noise[first : first + num_atoms], device, config)
         # A mean over the atoms of the global batch, whatever the ranks' shares: weigh each part by its atoms. DDP
         # divides the sum of the ranks' gradients by world.
         weight = num_atoms / part["global_atoms"]
-        (losses["loss"] * (weight * world)).backward()
+        more_to_come = isinstance(net, DistributedDataParallel) and k < len(parts) - 1
+        with net.no_sync() if more_to_come else nullcontext():
+            losses = run_losses(net, part, noise[first : first + num_atoms], device, config)
+            (losses["loss"] * (weight * world)).backward()
         for name, loss in losses.items():
             share[name] = share.get(name, 0.0) + loss.detach() * weight
     return share
 
 
-def describe(config, molecules, num_train, batches, net, device, world):
+def load_data(config, rank, world):
+    """-> Molecules, the batches of this rank by step, the validation batches: those are the same for every seed."""
+    if not config.data:
+        raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
+    molecules = Molecules(config.data)
+    if config.split and config.split not in molecules.splits:
+        has = ", ".join(molecules.splits) or "none"
+        raise InputError(f"split = {config.split}: {config.data} has no such split, it has {has}", code=2)
+    index = molecules.splits[config.split] if config.split else np.arange(len(molecules))
+    if config.val_size >= len(index):
+        raise InputError(f"val_size = {config.val_size}: {config.data} has {len(index)} molecules in all", code=2)
+    val, train = (index[part] for part in split_indices(len(index), [config.val_size, None]))
+    batches = StepBatches(molecules, train, config.batch_size, config.seed, rank, world, config.accumulate)
+    return molecules, batches, validation_batches(molecules, val, config.inference_batch_size)
+
+
+def describe(config, num_train, model, device, world):
     """The lines that say what is about to be trained, on what, where."""
-    parameters = sum(p.numel() for p in net.parameters())
-    encoder = sum(p.numel() for p in net.encoder.parameters())
-    num_val = sum(part["num_molecules"] for part in batches)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return (
-        f"{config.objective} on {config.data}: {num_train:,} molecules to train, {num_val:,} to validate\n"
-        f"{parameters:,} parameters, {encoder:,} of them the encoder\n"
-        f"{world} x {where}; {config.max_steps:,} steps of {config.batch_size} molecules"
-    )
+    yield f"{config.objective} on {config.data}: {num_train:,} molecules to train, {config.val_size:,} to validate"
+    yield f"{num_parameters(model):,} parameters, {num_parameters(model.encoder):,} of them the encoder"
+    yield f"{world} x {where}; {config.max_steps:,} steps of {config.batch_size} molecules"
+
+
+def num_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def provenance(device, world):
+    """What made a result: command, commit, machine and versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or a copy without its history
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
+        "ranks": world,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def report(first_val, last_val):
+    """The lines that say what became of each loss."""
+    yield f"{'validation':<22}{'start':>10}{'end':>10}"
+    for name in last_val:
+        yield f"{name:<22}{first_val[name]:>10.4f}{last_val[name]:>10.4f}"
+    if "loss_rec_shuffled" in last_val:
+        gap = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
+        yield f"{'gap':<22}{gap:>20.4f}  rec loss with another molecule's graph embedding, less that with the true one"
 
 
 def main(arguments):
@@ -411,48 +458,34 @@ def main(arguments):
     folder = Path(config.out_dir)
     checkpoint = open_run_folder(config)
 
-    # data: the validation molecules are the same for every seed
-    if not config.data:
-        raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
-    molecules = Molecules(config.data)
+    molecules, source, val_batches = load_data(config, rank, world)
     data_sha256 = molecules.sha256()
-    if config.split and config.split not in molecules.splits:
-        has = ", ".join(molecules.splits) or "none"
-        raise InputError(f"split = {config.split}: {config.data} has no such split, it has {has}", code=2)
-    index = molecules.splits[config.split] if config.split else np.arange(len(molecules))
-    if config.val_size >= len(index):
-        raise InputError(
-            f"val_size = {config.val_size}: {config.data} has {len(index)} molecules to choose from", code=2
-        )
-    val, train = (index[part] for part in split_indices(len(index), [config.val_size, None]))
-    batches = validation_batches(molecules, val, config.inference_batch_size)
-    source = StepBatches(molecules, train, config.batch_size, config.seed, rank, world, config.accumulate)
 
     # model
     torch.manual_seed(config.seed)
     model = Pretraining(EquivariantTransformer(config.model), config).to(device)
     net = model
     if dist.is_initialized():
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
     # start or resume
-    start, elapsed, first_val = 0, 0.0, None
+    start, elapsed, first_val, last_val = 0, 0.0, None, None
     if checkpoint:
         check_same_run(checkpoint, config, data_sha256)
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, elapsed, first_val = checkpoint["step"], checkpoint["wall_s"], checkpoint["first_val"]
+        start, elapsed = checkpoint["step"], checkpoint["wall_s"]
+        first_val, last_val = checkpoint["first_val"], checkpoint["last_val"]
     barrier()  # every rank has looked at the folder before rank 0 writes to it
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
-        write_atomically(
-            folder / "config.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        )
-        drop_log_after(folder / "log.jsonl", start)
+        write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        drop_log_after(folder / "log.jsonl", start if checkpoint else -1)
     log = Log(folder / "log.jsonl", start, config.max_steps, active=rank == 0)
-    log.say(describe(config, molecules, len(train), batches, model, device, world))
+    for line in describe(config, len(source.index), model, device, world):
+        log.say(line)
     if checkpoint:
         log.say(f"resumed {folder} at step {start}")
     began = time.perf_counter() - elapsed
@@ -466,6 +499,7 @@ def main(arguments):
                 "step": step,
                 "wall_s": time.perf_counter() - began,
                 "first_val": first_val,
+                "last_val": last_val,
                 "state_dict": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
@@ -475,11 +509,12 @@ def main(arguments):
                 write_atomically(folder / f"step_{step}.pt", lambda path: shutil.copyfile(folder / "last.pt", path))
 
     def validate(step):
-        losses = evaluate(model, batches, device, config, rank, world)
+        losses = evaluate(model, val_batches, device, config, rank, world)
         log.write({"step": step, "split": "val", **losses})
         return losses
 
-    last_val = first_val = first_val or validate(0)
+    first_val = first_val or validate(0)
+    last_val = last_val or first_val
     loader = DataLoader(
         source,
         batch_size=None,
@@ -526,14 +561,14 @@ def main(arguments):
             "objective": config.objective,
             "seed": config.seed,
             "steps": config.max_steps,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "parameters_encoder": sum(p.numel() for p in model.encoder.parameters()),
+            "parameters": num_parameters(model),
+            "parameters_encoder": num_parameters(model.encoder),
             "wall_s": round(time.perf_counter() - began, 1),
             "data": config.data,
             "data_sha256": data_sha256,
             **provenance(device, world),
         }
-        write_atomically(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1) + "\n"))
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         for line in report(first_val, last_val):
             log.say(line)
         log.say(
@@ -541,33 +576,6 @@ def main(arguments):
         )
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def provenance(device, world):
-    """What made a result: command, commit, machine and versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or a copy without its history
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
-        "ranks": world,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def report(first_val, last_val):
-    """The lines that say what became of each loss."""
-    yield f"{'validation':<22}{'start':>10}{'end':>10}"
-    for name in last_val:
-        yield f"{name:<22}{first_val[name]:>10.4f}{last_val[name]:>10.4f}"
-    if "loss_rec_shuffled" in last_val:
-        gap = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
-        yield f"{'gap':<22}{gap:>20.4f}  rec loss with another molecule's graph embedding, less that with the true one"
 
 
 if __name__ == "__main__":

@@ -86,31 +86,29 @@ def draw(study):
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / study).glob("*.json"))]
     if not results:
         raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (losses, clean, use) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     curves = {
-        ("coord", "loss_noise"): ("Coord: noise", "0.6", "-"),
-        ("georecon", "loss_noise"): ("GeoRecon: noise", "0.0", "-"),
-        ("georecon", "loss_rec"): ("GeoRecon: rec", "0.0", "--"),
-        ("georecon", "loss_clean"): ("GeoRecon: clean", "0.0", ":"),
+        ("coord", "loss_noise"): (losses, "Coord: noise", "tab:orange", "-"),
+        ("georecon", "loss_noise"): (losses, "GeoRecon: noise", "black", "-"),
+        ("georecon", "loss_rec"): (losses, "GeoRecon: rec", "tab:blue", "--"),
+        ("georecon", "loss_clean"): (clean, None, "black", "-"),
     }
-    labelled = set()
     for result in results:
-        steps = [record["step"] for record in result["curve_val"]]
-        for (objective, name), (label, grey, line) in curves.items():
+        records = result["curve_val"]
+        steps = [record["step"] for record in records]
+        for (objective, name), (panel, label, color, line) in curves.items():
             if objective == result["objective"]:
-                losses = [record[name] for record in result["curve_val"]]
-                left.plot(steps, losses, line, color=grey, lw=1.2, label=None if label in labelled else label)
-                labelled.add(label)
+                label = label if result["seed"] == results[0]["seed"] else None
+                panel.plot(steps, [record[name] for record in records], line, color=color, lw=1.2, label=label)
         if result["objective"] == "georecon":
-            gap = [record["loss_rec_shuffled"] - record["loss_rec"] for record in result["curve_val"]]
-            right.plot(
-                steps, gap, "-o", color="0.0", ms=3, lw=1, label=f"seed {result['seed']}", alpha=1 / result["seed"]
-            )
-    left.set(xlabel="step", ylabel="validation loss", ylim=(0, 1.05), title="what is learned")
-    right.set(xlabel="step", ylabel="rec loss, shuffled - true", title="is the graph embedding used?")
-    right.axhline(0, color="0.6", lw=0.8)
-    left.legend(frameon=False)
-    right.legend(frameon=False)
+            rise = [100 * (record["loss_rec_shuffled"] / record["loss_rec"] - 1) for record in records]
+            use.plot(steps, rise, "-", marker=".", color="black", lw=1)
+    losses.set(xlabel="step", yscale="log", ylim=(0.2, 1.1), title="validation loss: noise and rec")
+    losses.set_yticks([0.2, 0.3, 0.5, 1.0], ["0.2", "0.3", "0.5", "1"], minor=False)
+    losses.set_yticks([], minor=True)
+    clean.set(xlabel="step", yscale="log", title="validation loss: clean")
+    use.set(xlabel="step", ylim=(-0.1, 2), title="rise of rec, %, with a wrong graph emb.")
+    losses.legend(frameon=False)
     figure.savefig(ROOT / "results" / study / "loss.png", dpi=120)
 
 

@@ -282,10 +282,11 @@ def kill_and_resume(tiny, steps, **kwargs):
     run(*arguments, **kwargs)
     assert killed == len(steps)
     assert same_bits("out/whole", "out/tiny")
-    whole, resumed = read_log("out/whole"), read_log("out/tiny")
-    for record in whole + resumed:
-        del record["molecules_per_s"]
-    assert whole == resumed
+    for split in ("train", "val"):
+        whole, resumed = read_log("out/whole", split), read_log("out/tiny", split)
+        for record in whole + resumed:
+            record.pop("molecules_per_s", None)
+        assert whole == resumed
 
 
 def test_killed_and_resumed_is_bitwise_the_same(tiny):
@@ -307,8 +308,10 @@ def test_a_run_is_never_overwritten(tiny):
     before = {path: path.read_bytes() for path in Path("out/tiny").iterdir()}
     for arguments, message in (
         ([str(tiny)], "already holds a run"),
-        ([str(tiny), "resume=true", "lr=1e-2"], "its lr is 0.001, now 0.01"),
-        ([str(tiny), "resume=true", "model.num_layers=1"], "its model is"),
+        ([str(tiny), "resume=true"], "is finished, at step 20"),
+        ([str(tiny), "resume=true", "max_steps=10"], "is finished, at step 20"),
+        ([str(tiny), "resume=true", "max_steps=25", "lr=1e-2"], "its lr is 0.001, now 0.01"),
+        ([str(tiny), "resume=true", "max_steps=25", "model.num_layers=1"], "its model is"),
         ([str(tiny), "resume=true", "out_dir=out/tyny"], "nothing to resume"),
     ):
         with pytest.raises(InputError, match=message):
@@ -320,6 +323,14 @@ def test_a_longer_run_goes_on_from_a_finished_one(tiny):
     pretrain.main([str(tiny)])
     pretrain.main([str(tiny), "resume=true", "max_steps=25"])
     assert [record["step"] for record in read_log("out/tiny")] == list(range(1, 26))
+
+
+def test_a_run_killed_before_its_metrics_writes_them_when_resumed(tiny):
+    pretrain.main([str(tiny)])
+    metrics = json.loads(Path("out/tiny/metrics.json").read_text())
+    Path("out/tiny/metrics.json").unlink()
+    pretrain.main([str(tiny), "resume=true"])
+    assert json.loads(Path("out/tiny/metrics.json").read_text())["val"] == metrics["val"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "encoder"])
