@@ -574,6 +574,10 @@ def main(arguments):
         log.say(
             f"{metrics['wall_s']:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}"
         )
+    # gloo's threads must let go of the last tensors before the interpreter ends, or it aborts now and then
+    # (pytorch #179291): wait for all ranks, and drop DDP, which holds on to the process group
+    barrier()
+    del net
     if dist.is_initialized():
         dist.destroy_process_group()
 
