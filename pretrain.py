@@ -214,6 +214,16 @@ def set_up_process(config):
     return device, rank, world
 
 
+def leave_process():
+    """End the process group in order: gloo's threads must let go of the last tensors before the interpreter ends.
+
+    Otherwise it aborts now and then (pytorch #179291). DDP holds on to the group, so it must be out of scope.
+    """
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(values):
     """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
@@ -424,6 +434,22 @@ def num_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def final_metrics(config, model, first_val, last_val, wall_s, data_sha256):
+    return {
+        "val": last_val,
+        "val_start": first_val,
+        "units": dict.fromkeys(last_val, "mean square error of noise / sigma, per atom and axis"),
+        "objective": config.objective,
+        "seed": config.seed,
+        "steps": config.max_steps,
+        "parameters": num_parameters(model),
+        "parameters_encoder": num_parameters(model.encoder),
+        "wall_s": round(wall_s, 1),
+        "data": config.data,
+        "data_sha256": data_sha256,
+    }
+
+
 def provenance(device, world):
     """What made a result: command, commit, machine and versions."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
@@ -451,10 +477,8 @@ def report(first_val, last_val):
         yield f"{'gap':<22}{gap:>20.4f}  rec loss with another molecule's graph embedding, less that with the true one"
 
 
-def main(arguments):
-    config = load_config(PretrainConfig, arguments, __doc__)
-    keep_freed_memory()
-    device, rank, world = set_up_process(config)
+def pretrain(config, device, rank, world):
+    """The whole run: data, model, start or resume, loop, figures."""
     folder = Path(config.out_dir)
     checkpoint = open_run_folder(config)
 
@@ -554,32 +578,21 @@ def main(arguments):
 
     log.bar.close()
     if rank == 0:
-        metrics = {
-            "val": last_val,
-            "val_start": first_val,
-            "units": dict.fromkeys(last_val, "mean square error of noise / sigma, per atom and axis"),
-            "objective": config.objective,
-            "seed": config.seed,
-            "steps": config.max_steps,
-            "parameters": num_parameters(model),
-            "parameters_encoder": num_parameters(model.encoder),
-            "wall_s": round(time.perf_counter() - began, 1),
-            "data": config.data,
-            "data_sha256": data_sha256,
-            **provenance(device, world),
-        }
+        wall_s = time.perf_counter() - began
+        metrics = final_metrics(config, model, first_val, last_val, wall_s, data_sha256)
+        metrics |= provenance(device, world)
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         for line in report(first_val, last_val):
             log.say(line)
-        log.say(
-            f"{metrics['wall_s']:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}"
-        )
-    # gloo's threads must let go of the last tensors before the interpreter ends, or it aborts now and then
-    # (pytorch #179291): wait for all ranks, and drop DDP, which holds on to the process group
-    barrier()
-    del net
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        log.say(f"{wall_s:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}")
+
+
+def main(arguments):
+    config = load_config(PretrainConfig, arguments, __doc__)
+    keep_freed_memory()
+    device, rank, world = set_up_process(config)
+    pretrain(config, device, rank, world)
+    leave_process()
 
 
 if __name__ == "__main__":

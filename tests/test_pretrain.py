@@ -19,7 +19,6 @@ from data import InputError, Molecules
 from model import load_encoder
 from pretrain import PretrainConfig, learning_rate, load_config, validation_batches
 
-torch.set_num_threads(1)  # faster than two for networks this small
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data/qm9_demo.h5"
 TINY = {
