@@ -87,7 +87,8 @@ class InputError(Exception):
     """A mistake of the user: one line saying what is wrong, where, and what to do; code 1 failure, 2 usage."""
 
     def __init__(self, message, code=1):
-        super().__init__(str(message).replace("\n", " "))
+        message = str(message).rpartition("InputError: ")[2]  # a loader process puts its traceback before it
+        super().__init__(message.strip().replace("\n", " "))
         self.code = code
 
 
@@ -140,16 +141,15 @@ class Molecules:
         self._raw = self._file = None  # opened on first use, in each process
         check_file(path, "convert one with `python data.py SOURCE RAW OUT.h5`")
         try:
-            file = h5py.File(self.path, "r")
-        except OSError as error:
+            with h5py.File(self.path, "r") as file:
+                self._state = file_state(self.path)
+                self.attrs = dict(file.attrs)
+                for key, wanted in (("schema", SCHEMA), ("length_unit", "angstrom")):
+                    if (found := str(self.attrs.get(key))) != wanted:
+                        raise InputError(f"{self.path}: attribute {key} is {found}, not {wanted}: convert with data.py")
+                self._check(file)
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{self.path}: not a whole HDF5 file ({error}): convert it again") from error
-        with file:
-            self._state = file_state(self.path)
-            self.attrs = dict(file.attrs)
-            for key, wanted in (("schema", SCHEMA), ("length_unit", "angstrom")):
-                if (found := self.attrs.get(key)) != wanted:
-                    raise InputError(f"{self.path}: attribute {key} is {found}, not {wanted}: convert with data.py")
-            self._check(file)
         self.name = str(self.attrs.get("name", Path(self.path).stem))
 
     def _check(self, file):
@@ -177,8 +177,8 @@ class Molecules:
             self._layout[name] = dataset.id.get_offset() if plain and hasattr(os, "pread") else None
         self.splits = {n: self._dataset(file, f"split/{n}", "int64", (None,))[:] for n in file.get("split", ())}
         for name, index in self.splits.items():
-            if len(index) == 0 or index.min() < 0 or index.max() >= num_molecules:
-                raise InputError(f"{self.path}: split/{name} is empty or names molecules that are not there")
+            if len(index) == 0 or index.min() < 0 or index.max() >= num_molecules or len(np.unique(index)) < len(index):
+                raise InputError(f"{self.path}: split/{name} is empty, or names molecules twice or that are not there")
 
     def _dataset(self, file, name, dtype, shape):
         dataset = file.get(name)

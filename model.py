@@ -324,7 +324,7 @@ VECTOR_NORMS = {"none": nn.Identity, "rms": RMSVectorNorm, "whiten": WhitenVecto
 class ModelConfig:
     """Shape of the encoder; defaults are Table 13's QM9 column. Names are Table 13's where it has one."""
 
-    embedding_dimension: int = setting(256, low=1)
+    embedding_dimension: int = setting(256, low=2)
     num_layers: int = setting(8, low=1)
     num_rbf: int = setting(64, low=2)
     num_heads: int = setting(8, low=1)

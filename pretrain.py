@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -129,8 +128,8 @@ def convert(value, kind, name):
             raise wrong
         if kind is str:
             return str(value)
-        number = float(value)
-        if not math.isfinite(number) or kind is int and number != int(number):
+        number = float(value)  # ints too, for 1e5
+        if not math.isfinite(number) or kind is int and (number != int(number) or abs(number) > 2**53):
             raise wrong
         return kind(number)
     except (KeyError, ValueError):
@@ -239,10 +238,15 @@ def barrier():
 def write_atomically(path, write):
     """write(temporary path), then rename: whoever opens path finds the old file whole or the new one whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise InputError(f"{path} cannot be written: {reason}; a file of that name is as it was before") from None
 
 
 def write_text(path, text):
@@ -276,10 +280,10 @@ class Log:
 def drop_log_after(path, step):
     """Take the lines of steps that are going to be run again out of a log, and a line that a kill cut off."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue
     write_text(path, "".join(kept))
 
@@ -287,22 +291,49 @@ def drop_log_after(path, step):
 # ---------------------------------------------------------------- run folder
 
 
+RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "metrics.json")
+
+
 def open_run_folder(config):
     """-> the checkpoint to go on from, or None for a new run; refuses to touch a run that is not to be resumed."""
     folder = Path(config.out_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not (folder / "config.yaml").exists():
+    if not any((folder / name).exists() for name in RUN_FILES):
         if config.resume:
             raise InputError(f"nothing to resume: {folder} holds no run; leave resume=true out to start one")
         return None
     if not (config.resume or restarted):
         raise InputError(f"{folder} already holds a run: go on with resume=true, or choose another out_dir=")
     if not (folder / "last.pt").exists():
+        if (folder / "metrics.json").exists():
+            raise InputError(f"cannot resume {folder}: its last.pt is gone; choose another out_dir=")
         return None  # it was stopped before its first checkpoint
     checkpoint = load_checkpoint(folder / "last.pt")
-    if checkpoint["step"] >= config.max_steps and (folder / "metrics.json").exists():
-        raise InputError(f"{folder} is finished, at step {checkpoint['step']}: set max_steps higher to go on with it")
+    step = checkpoint["step"]
+    if step > config.max_steps or step == config.max_steps and (folder / "metrics.json").exists():
+        raise InputError(f"{folder} is finished, at step {step}: set max_steps higher to go on with it")
     return checkpoint
+
+
+def claim_run_folder(config, start):
+    """Make the folder and write config.yaml; of two processes that start the same new run, one is refused."""
+    folder = Path(config.out_dir)
+    path = folder / "config.yaml"
+    settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if start is None and not path.exists():
+            path.touch(exist_ok=False)
+    except FileExistsError:
+        raise InputError(
+            f"{folder} cannot be used: a file bears that name, or another run has just started there"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}; choose another out_dir=") from None
+    for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
+        left.unlink()
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    drop_log_after(folder / "log.jsonl", -1 if start is None else start)
 
 
 def load_checkpoint(path):
@@ -310,8 +341,10 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
-        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or "optimizer" not in checkpoint:
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
+    needed = {"config", "data_sha256", "step", "wall_s", "first_val", "last_val", "state_dict", "optimizer"}
+    if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or needed - checkpoint.keys():
         raise InputError(f"{path} is no checkpoint of a georecon/1 run")
     return checkpoint
 
@@ -321,9 +354,16 @@ FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_ev
 FREE_TO_CHANGE |= {"num_workers", "accumulate", "inference_batch_size"}
 
 
+def flatten(settings):
+    """{key: value} with the keys of a section written section.key, as on the command line."""
+    inner = {f"model.{key}": value for key, value in settings["model"].items()}
+    return {key: value for key, value in settings.items() if key != "model"} | inner
+
+
 def check_same_run(checkpoint, config, data_sha256):
     """Refuse to resume a run with other settings or other data: the result would be neither run."""
-    saved, now = checkpoint["config"], asdict(config)
+    defaults = asdict(type(config)())  # for a key that is younger than the run
+    saved, now = flatten({**defaults, **checkpoint["config"]}), flatten(asdict(config))
     for key in sorted(now.keys() - FREE_TO_CHANGE):
         if saved.get(key) != now[key]:
             raise InputError(f"cannot resume {config.out_dir}: its {key} is {saved.get(key)}, now {now[key]}", code=2)
@@ -345,6 +385,9 @@ def learning_rate(step, config):
     return config.lr_min + 0.5 * (config.lr - config.lr_min) * (1 + math.cos(math.pi * phase))
 
 
+TRAIN, VAL = 1, 2  # first number of a noise's key
+
+
 def standard_normal(shape, *key):
     """Standard normal numbers that depend on the integers in key alone: float32 tensor."""
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
@@ -353,8 +396,8 @@ def standard_normal(shape, *key):
 def validation_batches(molecules, index, size):
     """The validation molecules in batches, each molecule with a noise of its own that no setting changes."""
     batches = []
-    for part in np.array_split(np.sort(index), math.ceil(len(index) / size)):
-        noise = [standard_normal((int(molecules.ptr[m + 1] - molecules.ptr[m]), 3), int(m)) for m in part]
+    for part in np.array_split(index, math.ceil(len(index) / size)):  # in random order: neighbours in a file are alike
+        noise = [standard_normal((int(molecules.ptr[m + 1] - molecules.ptr[m]), 3), VAL, int(m)) for m in part]
         batches.append({**molecules.read(part), "noise": torch.cat(noise), "num_molecules": len(part)})
     return batches
 
@@ -379,9 +422,10 @@ def run_losses(net, part, noise, device, config, shuffle=False):
 def evaluate(net, batches, device, config, rank, world):
     """Mean losses per atom over the validation batches, which the ranks share, plus loss_rec_shuffled."""
     mine = batches[rank::world]
+    shuffle = all(part["num_molecules"] > 1 for part in batches)
     total = 0.0
     for part in mine or batches[:1]:  # a rank without a share runs one batch at weight 0, to know the names
-        losses = run_losses(net, part, part["noise"], device, config, shuffle=True)
+        losses = run_losses(net, part, part["noise"], device, config, shuffle)
         weight = len(part["z"]) if mine else 0
         total = total + weight * torch.stack([*losses.values(), torch.ones_like(losses["loss"])]).double()
     total = sum_over_ranks(total)
@@ -391,7 +435,7 @@ def evaluate(net, batches, device, config, rank, world):
 def train_step(net, parts, step, device, config, world):
     """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
     share = {}
-    noise = standard_normal((parts[0]["global_atoms"], 3), config.seed, step)  # (A, 3) for the global batch
+    noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3) for the global batch
     for k, part in enumerate(parts):
         first, num_atoms = part["first_atom"], len(part["z"])
         # A mean over the atoms of the global batch, whatever the ranks' shares: weigh each part by its atoms. DDP
@@ -487,7 +531,10 @@ def pretrain(config, device, rank, world):
 
     # model
     torch.manual_seed(config.seed)
-    model = Pretraining(EquivariantTransformer(config.model), config).to(device)
+    try:
+        model = Pretraining(EquivariantTransformer(config.model), config).to(device)
+    except RuntimeError as error:  # the allocator's
+        raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
     net = model
     if dist.is_initialized():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -497,16 +544,17 @@ def pretrain(config, device, rank, world):
     start, elapsed, first_val, last_val = 0, 0.0, None, None
     if checkpoint:
         check_same_run(checkpoint, config, data_sha256)
-        model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            model.load_state_dict(checkpoint["state_dict"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
         start, elapsed = checkpoint["step"], checkpoint["wall_s"]
         first_val, last_val = checkpoint["first_val"], checkpoint["last_val"]
     barrier()  # every rank has looked at the folder before rank 0 writes to it
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
-        write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        drop_log_after(folder / "log.jsonl", start if checkpoint else -1)
+        claim_run_folder(config, start if checkpoint else None)
     log = Log(folder / "log.jsonl", start, config.max_steps, active=rank == 0)
     for line in describe(config, len(source.index), model, device, world):
         log.say(line)
@@ -527,10 +575,11 @@ def pretrain(config, device, rank, world):
                 "state_dict": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
+            # last.pt comes last: killed in between, the run goes on from the step before and writes the others again
             write_atomically(folder / "encoder.pt", lambda path: torch.save(save_encoder(model.encoder), path))
             if step in config.keep_steps:
-                write_atomically(folder / f"step_{step}.pt", lambda path: shutil.copyfile(folder / "last.pt", path))
+                write_atomically(folder / f"step_{step}.pt", lambda path: torch.save(content, path))
+            write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
 
     def validate(step):
         losses = evaluate(model, val_batches, device, config, rank, world)

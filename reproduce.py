@@ -2,7 +2,7 @@
 
     python reproduce.py                      the studies and what of each is done
     python reproduce.py STUDY [jobs=N]       run what is missing, N runs at a time, then write results/STUDY/
-    python reproduce.py STUDY draw           draw its figure again from results/STUDY/*.json
+    python reproduce.py STUDY draw           draw its figure and print its table again from results/STUDY/*.json
 
 A run lives in out/STUDY/<run>: a finished one is not run again, a stopped one goes on where it stopped. Of each run
 results/STUDY/<run>.json keeps the command, the seed, the commit, the machine, the final figures and the curves.
@@ -77,15 +77,29 @@ def keep(study, run):
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def read_results(study):
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / study).glob("*.json"))]
+    if not results:
+        raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
+    return results
+
+
+def table(results):
+    """Lines of the README's table: a run a line, final validation losses."""
+    names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
+    for result in results:
+        losses = " | ".join(f"{result['val'][name]:.4f}" if name in result["val"] else "" for name in names)
+        seed, steps, where = result["seed"], f"{result['steps']:,}", result["device"]
+        yield f"| {result['study']} | {result['objective']} | {seed} | {steps} | {losses} | {where} |"
+
+
 def draw(study):
     """results/STUDY/loss.png: validation losses over the steps, and whether the decoder uses the graph embedding."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         raise InputError("drawing needs matplotlib: pip install matplotlib") from None
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / study).glob("*.json"))]
-    if not results:
-        raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
+    results = read_results(study)
     figure, (losses, clean, use) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     curves = {
         ("coord", "loss_noise"): (losses, "Coord: noise", "tab:orange", "-"),
@@ -133,6 +147,7 @@ def main(arguments):
             keep(study, run)
         if missing := [run for run in STUDIES[study] if not finished(study, run)]:
             raise InputError(f"{len(missing)} of {len(STUDIES[study])} runs are not finished: {', '.join(missing)}")
+    print("\n".join(table(read_results(study))))
     draw(study)
 
 
