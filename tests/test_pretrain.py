@@ -46,7 +46,7 @@ def tiny(tmp_path, monkeypatch):
     return path
 
 
-def launch(*arguments, ranks=0, **kwargs):
+def launch(*arguments, ranks=0):
     """Start pretrain.py as a user does: plain, or under torchrun; on one thread, for equal bits."""
     command = [sys.executable]
     if ranks:
@@ -56,7 +56,7 @@ def launch(*arguments, ranks=0, **kwargs):
         environment["CUDA_VISIBLE_DEVICES"] = ""  # over gloo: two ranks would need two GPUs
     command += [str(ROOT / "pretrain.py"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **kwargs)
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def run(*arguments, ranks=0):
@@ -265,13 +265,15 @@ def test_two_ranks_equal_one(tiny):
 
 def kill_at(arguments, folder, step, ranks=0):
     """Start a run and send SIGKILL once its log holds a step; whether it was still at work then."""
-    process = launch(*arguments, ranks=ranks, start_new_session=True)
+    process = launch(*arguments, ranks=ranks)
     log = Path(folder) / "log.jsonl"
     while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
         time.sleep(0.002)
     alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
+    if alive:  # torchrun first, then its ranks, which would outlive it
+        ranks_of_it = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, ranks_of_it)):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
     return alive
 
