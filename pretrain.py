@@ -294,15 +294,19 @@ def drop_log_after(path, step):
 RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "metrics.json")
 
 
+def may_resume(config):
+    """Whether a run in the folder is to be gone on with: asked for, or torchrun has started this process again."""
+    return config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def open_run_folder(config):
     """-> the checkpoint to go on from, or None for a new run; refuses to touch a run that is not to be resumed."""
     folder = Path(config.out_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not any((folder / name).exists() for name in RUN_FILES):
         if config.resume:
             raise InputError(f"nothing to resume: {folder} holds no run; leave resume=true out to start one")
         return None
-    if not (config.resume or restarted):
+    if not may_resume(config):
         raise InputError(f"{folder} already holds a run: go on with resume=true, or choose another out_dir=")
     if not (folder / "last.pt").exists():
         if (folder / "metrics.json").exists():
@@ -322,8 +326,7 @@ def claim_run_folder(config, start):
     settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if start is None and not path.exists():
-            path.touch(exist_ok=False)
+        path.touch(exist_ok=may_resume(config))
     except FileExistsError:
         raise InputError(
             f"{folder} cannot be used: a file bears that name, or another run has just started there"
@@ -526,6 +529,7 @@ def pretrain(config, device, rank, world):
     folder = Path(config.out_dir)
     checkpoint = open_run_folder(config)
 
+    made_by = provenance(device, world)  # now: the checkout may move on during a long run
     molecules, source, val_batches = load_data(config, rank, world)
     data_sha256 = molecules.sha256()
 
@@ -629,7 +633,7 @@ def pretrain(config, device, rank, world):
     if rank == 0:
         wall_s = time.perf_counter() - began
         metrics = final_metrics(config, model, first_val, last_val, wall_s, data_sha256)
-        metrics |= provenance(device, world)
+        metrics |= made_by
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         for line in report(first_val, last_val):
             log.say(line)

@@ -63,15 +63,14 @@ def execute(study, run):
 def keep(study, run):
     """Write results/STUDY/<run>.json from the run's folder."""
     log = [json.loads(line) for line in (folder(study, run) / "log.jsonl").read_text().splitlines()]
+    rates = sorted(record["molecules_per_s"] for record in log if record["split"] == "train")
     result = {
         "study": study,
         "run": run,
         **json.loads((folder(study, run) / "metrics.json").read_text()),
         "curve_val": [record for record in log if record["split"] == "val"],
-        "molecules_per_s": sorted(record.get("molecules_per_s", 0) for record in log if record["split"] == "train"),
+        "molecules_per_s": rates[len(rates) // 2],
     }
-    rates = result["molecules_per_s"]
-    result["molecules_per_s"] = rates[len(rates) // 2]
     path = ROOT / "results" / study / f"{run}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

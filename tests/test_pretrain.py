@@ -346,6 +346,15 @@ def test_what_is_left_of_a_run_is_not_overwritten(tiny, name):
     assert Path("out/tiny", name).read_bytes() == before
 
 
+def test_of_two_runs_started_at_once_one_is_refused(tiny):
+    config = load_config(PretrainConfig, [str(tiny)], "")
+    assert pretrain.open_run_folder(config) is None  # both look at the folder before either writes to it
+    assert pretrain.open_run_folder(config) is None
+    pretrain.claim_run_folder(config, None)
+    with pytest.raises(InputError, match="another run has just started there"):
+        pretrain.claim_run_folder(config, None)
+
+
 @pytest.mark.parametrize("rename", range(3, 12))
 def test_stopped_at_any_rename_and_resumed_leaves_the_same_files(tiny, monkeypatch, rename):
     """Every file is whole and of one step, wherever between two files the run was stopped."""
