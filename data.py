@@ -19,7 +19,7 @@ length_unit, command and, where known, license and attribution:
     energy        float64 (M,)     attr unit
     forces        float32 (A, 3)   attr unit; -dE/dpos
     y/<name>      float64 (M,)     attr unit; one per property
-    split/<name>  int64 (n,)       molecules of a split that the source brings along
+    split/<name>  int64 (n,)       molecules of a split that the source brings along; all of QM9: train, val, test
 
 Datasets are contiguous and uncompressed, so a batch is a few reads at known offsets of the file.
 """
@@ -342,8 +342,11 @@ def flaw(z, pos, labels):
     return ""
 
 
-def write_h5(out, molecules, attrs, units):
-    """Stream molecules into a new file of the schema -> (molecules, atoms, {cause: (count, first ids)}) written."""
+def write_h5(out, molecules, attrs, units, parts):
+    """Stream molecules into a new file of the schema -> (molecules, atoms, {cause: (count, first ids)}) written.
+
+    parts {split: size} are drawn at random from a file of more molecules than their sizes sum up to; None: the rest.
+    """
     per_molecule = {"id": array("q"), "ptr": array("q", [0])}  # 8 bytes a molecule and label: these fit in memory
     splits, skipped, labels = {}, {}, None
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, ExitStack() as stack:
@@ -380,6 +383,8 @@ def write_h5(out, molecules, attrs, units):
         if num_molecules == 0:
             why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
             raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
+        if num_molecules > sum(size or 0 for size in parts.values()):
+            splits |= zip(parts, split_indices(num_molecules, parts.values()))
         if "forces" not in labels:
             del per_atom["forces"]
         with h5py.File(f"{folder}/out.h5", "w") as file:
@@ -390,7 +395,7 @@ def write_h5(out, molecules, attrs, units):
             for name, values in per_molecule.items():
                 file[name] = np.frombuffer(values, dtype="float64" if values.typecode == "d" else "int64")
             for name, values in splits.items():
-                file[f"split/{name}"] = np.frombuffer(values, dtype="int64")
+                file[f"split/{name}"] = np.asarray(values, dtype="int64")
             for name in labels:
                 file[name].attrs["unit"] = units[name]
         os.replace(f"{folder}/out.h5", out)
@@ -699,6 +704,7 @@ SOURCES = {  # reader of one raw file (qm9: of all of them), units of its labels
     "md22": (read_md17, KCAL),
     "xyz": (read_xyz, EV),
 }
+QM9_SPLIT = {"train": 110_000, "val": 10_000, "test": None}  # of 130,831 the field's 110,000, 10,000 and 10,831
 CREDIT = {  # name, license, attribution
     "qm9": ("QM9", "CC0 1.0", "R. Ramakrishnan, P. O. Dral, M. Rupp, O. A. von Lilienfeld, Sci. Data 1, 140022 (2014)"),
     "pcqm4mv2": ("PCQM4Mv2", "CC BY 4.0", "W. Hu et al., OGB-LSC, arXiv:2103.09430 (2021), from PubChemQC"),
@@ -751,11 +757,11 @@ def check_out(out):
         raise InputError(f"{out.parent}: no permission to write {out.name} there")
 
 
-def save(out, molecules, attrs, units):
+def save(out, molecules, attrs, units, parts):
     """write_h5 with a progress bar on a terminal, and a report of what was written and skipped."""
     begun = time.perf_counter()
     try:
-        written, atoms, skipped = write_h5(out, tqdm(molecules, unit=" molecules", disable=None), attrs, units)
+        written, atoms, skipped = write_h5(out, tqdm(molecules, unit=" molecules", disable=None), attrs, units, parts)
     except OSError as error:  # reading has its own errors by now
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     seconds, size = time.perf_counter() - begun, out.stat().st_size / 1e6
@@ -785,7 +791,7 @@ def convert(source, raws, out):
         "source_sha256": "\n".join(sha256(raw) for raw in raws),
         "command": f"python data.py {source} {' '.join(names)} {out.name}",
     }
-    save(out, read_source(source, raws), attrs, SOURCES[source][1])
+    save(out, read_source(source, raws), attrs, SOURCES[source][1], QM9_SPLIT if source == "qm9" else {})
 
 
 def sample(path, out, num, seed):
@@ -812,7 +818,7 @@ def sample(path, out, num, seed):
     command = f"python data.py sample {Path(path).name} {out.name} num={num} seed={seed}"
     attrs["command"] = f"{molecules.attrs.get('command', '')}\n{command}".strip()
     units = {name if name in EV else f"y/{name}": unit for name, unit in molecules.units.items()}
-    save(out, stream(), attrs, units)
+    save(out, stream(), attrs, units, {})
 
 
 def info(path, sampled=10_000):

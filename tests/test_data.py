@@ -534,7 +534,7 @@ def test_interrupt_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        data.write_h5(tmp_path / "o.h5", stream(), {"source": "x"}, {})
+        data.write_h5(tmp_path / "o.h5", stream(), {"source": "x"}, {}, {})
     assert os.listdir(tmp_path) == []
 
 
