@@ -283,7 +283,8 @@ class StepBatches(torch.utils.data.Dataset):
     Use as DataLoader(StepBatches(...), batch_size=None, sampler=range(start, stop), num_workers=k).
     """
 
-    def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, micro=1):
+    def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, micro=1, forces=False):
+        self.forces = forces
         self.molecules, self.index = molecules, np.asarray(index, dtype=np.int64)
         self.batch_size, self.seed, self.rank, self.world, self.micro = batch_size, seed, rank, world, micro
         if batch_size < 1 or batch_size % (world * micro):
@@ -303,7 +304,7 @@ class StepBatches(torch.utils.data.Dataset):
         size = self.batch_size // (self.world * self.micro)
         parts = []
         for start in range(self.rank * self.micro * size, (self.rank + 1) * self.micro * size, size):
-            part = self.molecules.read(whole[start : start + size])
+            part = self.molecules.read(whole[start : start + size], self.forces)
             part |= {"index": torch.tensor(whole[start : start + size]), "num_molecules": size}
             part |= {"first_atom": int(first_atom[start]), "global_atoms": int(first_atom[-1])}
             parts.append(part)

@@ -124,6 +124,8 @@ def convert(value, kind, name):
             return tuple(convert(item, int, name) for item in items if item != "")
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
+        if kind is dict and isinstance(value, dict):
+            return {str(key): convert(number, float, f"{name}.{key}") for key, number in value.items()}
         if isinstance(value, (bool, dict, list)) or value is None:
             raise wrong
         if kind is str:
@@ -291,7 +293,7 @@ def drop_log_after(path, step):
 # ---------------------------------------------------------------- run folder
 
 
-RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "metrics.json")
+RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "best.pt", "metrics.json")
 
 
 def may_resume(config):
@@ -453,15 +455,24 @@ def train_step(net, parts, step, device, config, world):
     return share
 
 
-def load_data(config, rank, world):
-    """-> Molecules, the batches of this rank by step, the validation batches: those are the same for every seed."""
+def open_data(config):
     if not config.data:
         raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
-    molecules = Molecules(config.data)
-    if config.split and config.split not in molecules.splits:
+    return Molecules(config.data)
+
+
+def named_split(molecules, name):
+    """Indices of a split that the file brings along, of all molecules if no name is given."""
+    if name and name not in molecules.splits:
         has = ", ".join(molecules.splits) or "none"
-        raise InputError(f"split = {config.split}: {config.data} has no such split, it has {has}", code=2)
-    index = molecules.splits[config.split] if config.split else np.arange(len(molecules))
+        raise InputError(f"split = {name}: {molecules.path} has no such split, it has {has}", code=2)
+    return molecules.splits[name] if name else np.arange(len(molecules))
+
+
+def load_data(config, rank, world):
+    """-> Molecules, the batches of this rank by step, the validation batches: those are the same for every seed."""
+    molecules = open_data(config)
+    index = named_split(molecules, config.split)
     if config.val_size >= len(index):
         raise InputError(f"val_size = {config.val_size}: {config.data} has {len(index)} molecules in all", code=2)
     val, train = (index[part] for part in split_indices(len(index), [config.val_size, None]))

@@ -27,6 +27,41 @@ def seeds(numbers, runs):
 WIDE = ["pretrain.py", "configs/pcqm.yaml", "data=data/qm9.h5", "val_size=1000", "max_steps=3000", "log_every=50"]
 WIDE += ["lr_warmup_steps=300", "lr_cosine_length=3000", "val_every=250", "num_workers=2"]
 
+# fine-tuning of the 64-channel encoders in results/encoders, which never saw QM9's molecules of the splits val and test
+SMALL = ["num_workers=0", "log_every=50", "lr=1e-3", "lr_schedule=cosine", "inference_batch_size=100", "lr_min=1e-6"]
+SMALL += ["model.embedding_dimension=64", "model.num_layers=4", "model.num_rbf=32", "model.x_norm_layer=true"]
+SMALL += ["model.vec_norm_layer=rms", "model.vec_norm_out=rms"]
+
+
+def finetune(config, steps, *more):
+    length = [f"max_steps={steps}", f"lr_cosine_length={steps}", f"lr_warmup_steps={steps // 15}"]
+    return ["finetune.py", f"configs/{config}.yaml", *SMALL, *length, f"val_every={steps // 5}", *more]
+
+
+def arms(name, run):
+    """A run from each of the two encoders and from scratch, all else equal."""
+    return {f"{name}_scratch": run} | {
+        f"{name}_{objective}": [*run, f"init_from=results/encoders/{objective}_s1.pt"]
+        for objective in ("georecon", "coord")
+    }
+
+
+ASPIRIN = arms("aspirin", finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2000"))
+QM9_UNSEEN = ["batch_size=32", "train_split=val", "val_split=train", "val_size=1000"]  # 10,000 labels
+QM9_SEEN = ["batch_size=32", "val_split=train", "train_size=10000", "val_size=1000"]
+GAP = arms("gap", finetune("qm9_gap", 1000, *QM9_UNSEEN))
+GAP_SEEN = arms("gap_seen", finetune("qm9_gap", 1000, *QM9_SEEN))
+U0 = arms("U0", finetune("qm9_U0", 1000, *QM9_UNSEEN))
+BPA = arms("3bpa", finetune("3bpa", 1000))
+PROBE = {
+    f"probe_{target}_{objective}": [
+        *["finetune.py", "configs/probe_qm9.yaml", f"target={target}", "train_split=val", "val_split=train"],
+        *["train_size=0", "val_size=1000", f"init_from=results/encoders/{objective}_s1.pt"],
+    ]
+    for target in ("gap", "U0")
+    for objective in ("georecon", "coord")
+}
+
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
     "qm9_small": seeds(
@@ -38,6 +73,8 @@ STUDIES = {
     ),
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes a run on a large GPU.
     "qm9_wide": seeds((1,), {"georecon": WIDE, "coord": [*WIDE, "objective=coord"]}),
+    # what the pretraining is worth, in a few minutes a run on one core
+    "finetune_small": seeds((1,), ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN) | seeds((2,), ASPIRIN | GAP),
 }
 
 

@@ -1,0 +1,790 @@
+"""Stage 2: fine-tune a pretrained encoder on a property, or on energies and forces, or probe it with a linear layer.
+
+    python finetune.py configs/demo_forces.yaml                                  a minute on a laptop, no download
+    python finetune.py configs/md17_aspirin.yaml init_from=out/pcqm_md17/encoder.pt
+    python finetune.py configs/probe_qm9.yaml init_from=out/qm9_small/encoder.pt   encoder frozen, one linear layer
+    python finetune.py predict out/demo_forces/best.pt IN.xyz OUT.xyz             energies and forces of your molecules
+
+init_from is an encoder.pt, last.pt or step_<n>.pt of pretrain.py, or a state dict of TorchMD-NET or Coord; without it
+the encoder starts from scratch. A run writes to out_dir (default out/<name of the config>):
+
+    config.yaml     every setting, resolved; itself a valid argument
+    log.jsonl       one object per logged step: losses, learning rate, molecules/s; split train or val
+    last.pt         all that resuming needs
+    best.pt         the model at its best validation: finetune.load_property_model("out/demo_gap/best.pt")
+    metrics.json    errors on validation and test with their units, beside the paper's, and what made them
+
+The test molecules are read once, at the end, by best.pt. Labels are standardised with the training molecules alone:
+y' = (y - sum_i ref(z_i) - mean) / std in float64, and only y' becomes float32.
+"""
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import l1_loss, mse_loss
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from data import InputError, StepBatches, check_file, cli, need, read_xyz, sha256, split_indices
+from model import (
+    ElectronicSpatialExtent,
+    EquivariantDipoleMoment,
+    EquivariantScalar,
+    EquivariantTransformer,
+    EquivariantVectorOutput,
+    ModelConfig,
+    load_representation,
+    scatter_sum,
+    setting,
+)
+from pretrain import (
+    TRAIN,
+    Log,
+    barrier,
+    check_same_run,
+    claim_run_folder,
+    keep_freed_memory,
+    leave_process,
+    load_config,
+    named_split,
+    num_parameters,
+    open_data,
+    open_run_folder,
+    provenance,
+    set_up_process,
+    standard_normal,
+    sum_over_ranks,
+    write_atomically,
+    write_text,
+)
+from pretrain import learning_rate as cosine_rate
+
+# ---------------------------------------------------------------- settings and targets
+
+
+class Target(NamedTuple):
+    """How a property is predicted unless the config says otherwise."""
+
+    head: str = "scalar"  # scalar: sum of per-atom scalars; dipole, extent: from vectors and positions
+    references: str = "none"  # fit: per-element references by least squares on the training molecules
+    centre: bool = True  # subtract the training mean; not from a label that is a length or a second moment
+
+
+# QM9's twelve, Table 2. All that grows with the molecule gets references; orbital energies do not (torchmd-net #64).
+TARGETS = {
+    "mu": Target(head="dipole", centre=False),
+    "r2": Target(head="extent", centre=False),
+    **dict.fromkeys(("homo", "lumo", "gap"), Target()),
+    **dict.fromkeys(("alpha", "zpve", "U0", "U", "H", "G", "Cv"), Target(references="fit")),
+    "energy_forces": Target(references="fit"),
+}
+HEADS = {"scalar": EquivariantScalar, "dipole": EquivariantDipoleMoment, "extent": ElectronicSpatialExtent}
+# eV of a lone atom at the level of QM9, by atomic number 1, 6, 7, 8, 9
+QM9_REFERENCES = {
+    "U0": (-13.61312172, -1029.86312267, -1485.30251237, -2042.61123593, -2713.48485589),
+    "U": (-13.5745904, -1029.82456413, -1485.26398105, -2042.5727046, -2713.44632457),
+    "H": (-13.54887564, -1029.79887659, -1485.2382935, -2042.54701705, -2713.42063702),
+    "G": (-13.90303183, -1030.25891228, -1485.71166277, -2043.01812778, -2713.88796536),
+}
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Every setting of this stage. Names are Table 13's where it has one; defaults are its QM9 column."""
+
+    data: str = ""  # HDF5 file made by data.py
+    target: str = ""  # energy_forces, or a label of the file such as gap
+    train_split: str = ""  # named splits of the file; without them, random parts of all molecules
+    val_split: str = ""
+    test_split: str = ""  # several, separated by commas, are reported apart
+    train_size: int = setting(0, low=0)  # 0: all of the named split, or what the other parts leave over
+    val_size: int = setting(0, low=0)
+    test_size: int = setting(0, low=0)
+    out_dir: str = ""  # empty: out/<name of the config>
+    seed: int = setting(1, low=0)  # weights and order; the split does not depend on it
+
+    init_from: str = ""  # empty: from scratch
+    freeze_encoder: bool = False  # linear probing, Sec. 5.3
+    pooling: str = setting("mean", choices=("mean", "sum"))  # PAPER-SILENT: of a probe's features
+    head: str = setting("auto", choices=("auto", *HEADS))
+    reduce: str = setting("sum", choices=("sum", "mean"))  # of the per-atom scalars
+    references: str = setting("auto", choices=("auto", "none", "fit", "qm9"))
+    loss: str = setting("mse", choices=("mse", "l1"))
+    energy_weight: float = setting(1.0, low=0)
+    force_weight: float = setting(1.0, low=0)
+    ema_alpha_y: float = setting(1.0, low=0)
+    ema_alpha_dy: float = setting(1.0, low=0)
+    position_noise_scale: float = setting(0.0, low=0)  # Angstrom, of a second pass whose noise is to be predicted
+    denoising_weight: float = setting(0.1, low=0)
+    paper: dict = field(
+        default_factory=dict
+    )  # its figures for this row, <model>_<test set>_<error>; kept in metrics.json
+    model: ModelConfig = field(default_factory=ModelConfig)  # from scratch; an encoder.pt brings its own
+
+    batch_size: int = setting(128, low=1)  # molecules per step over all ranks
+    accumulate: int = setting(1, low=1)  # parts that each rank cuts its batch into, to save memory
+    max_steps: int = setting(300_000, low=1)  # PAPER-SILENT: the second restart of cosine_warmup, when lr is at its end
+    lr: float = setting(4e-4, low=0)
+    lr_min: float = setting(1e-7, low=0)
+    lr_schedule: str = setting("cosine_warmup", choices=("cosine", "cosine_warmup", "plateau"))
+    lr_warmup_steps: int = setting(10_000, low=0)
+    lr_cosine_length: int = setting(100_000, low=1)
+    lr_patience: int = setting(15, low=0)  # plateau: validations without a gain before lr falls
+    lr_factor: float = setting(0.8, low=0.01)  # PAPER-SILENT: by this
+    clip_norm: float = setting(0.0, low=0)  # of the gradient; 0: none, as the paper
+    ema_decay: float = setting(0.0, low=0)  # validate and test an average of the weights; 0: the weights themselves
+
+    inference_batch_size: int = setting(128, low=1)
+    num_workers: int = setting(0, low=0)
+    deterministic: bool = False
+    log_every: int = setting(100, low=1)
+    val_every: int = setting(1000, low=1)
+    save_every: int = setting(1000, low=1)
+    keep_steps: tuple = setting((), low=1)
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.ema_decay >= 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: must be below 1")
+
+
+def learning_rate(step, config):
+    """`cosine` of pretrain.py, or `cosine_warmup`: cosines of length T, 2 T, 4 T, ... after a linear warm-up."""
+    if config.lr_schedule == "cosine" or step < config.lr_warmup_steps:
+        return cosine_rate(step, config)
+    cycle = (step // config.lr_cosine_length + 1).bit_length() - 1
+    phase = (step - config.lr_cosine_length * (2**cycle - 1)) / (config.lr_cosine_length * 2**cycle)
+    return config.lr_min + 0.5 * (config.lr - config.lr_min) * (1 + math.cos(math.pi * phase))
+
+
+# ---------------------------------------------------------------- data
+
+
+def split_data(config, molecules):
+    """-> indices of the training and the validation molecules, and {name: indices} of the test sets; all disjoint."""
+    pool = named_split(molecules, config.train_split)
+    from_pool = {"train": config.train_size}
+    parts = {}
+    if config.val_split and config.val_split != config.train_split:
+        val = named_split(molecules, config.val_split)
+        size = config.val_size or len(val)
+        if size > len(val):
+            raise InputError(f"val_size = {size}: {config.val_split} has {len(val)} molecules", code=2)
+        parts["val"] = split_indices(len(val), [size, None])[0]
+        parts["val"] = val[parts["val"]]
+    else:
+        from_pool["val"] = config.val_size
+    if not config.test_split:
+        from_pool["test"] = config.test_size
+    if sum(size == 0 for size in from_pool.values()) > 1:
+        names = " and ".join(f"{name}_size" for name, size in from_pool.items() if size == 0)
+        raise InputError(f"{names} are 0: only one part can take what the others leave over", code=2)
+    if sum(from_pool.values()) + (0 in from_pool.values()) > len(pool):
+        told = ", ".join(f"{name}_size = {size}" for name, size in from_pool.items())
+        raise InputError(f"{told}: {molecules.path} has {len(pool)} molecules for these", code=2)
+    sizes = [size or None for size in from_pool.values()]
+    if None not in sizes:
+        sizes.append(None)
+    parts |= {name: pool[part] for name, part in zip(from_pool, split_indices(len(pool), sizes), strict=False)}
+    train, val = parts.pop("train"), parts.pop("val")
+    for name in filter(None, config.test_split.split(",")):
+        test = named_split(molecules, name)
+        parts[name] = test[split_indices(len(test), [min(config.test_size or len(test), len(test)), None])[0]]
+    together = np.concatenate([train, val, *parts.values()])
+    if len(np.unique(together)) < len(together):
+        raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
+    return train, val, parts
+
+
+def composition(molecules, index, max_z):
+    """Number of atoms of each element in the molecules of index (M,) -> (M, max_z) float64."""
+    counts = np.zeros((len(index), max_z))
+    for start in range(0, len(index), 10_000):
+        part = molecules.read(index[start : start + 10_000])
+        if (highest := int(part["z"].max())) >= max_z:
+            raise InputError(
+                f"{molecules.path} holds atomic number {highest}, model.max_z = {max_z}: set it above {highest}"
+            )
+        np.add.at(counts, (start + part["batch"].numpy(), part["z"].numpy()), 1)
+    return counts
+
+
+class Labels:
+    """A label in the file's unit, and y' = (y - references - mean) / std; the three from the training molecules."""
+
+    def __init__(self, config, molecules, train, max_z):
+        self.target = TARGETS.get(config.target, Target())
+        self.name = "energy" if config.target == "energy_forces" else config.target
+        if not self.name:
+            raise InputError("target is not set: energy_forces, or a label of the file", code=2)
+        self.forces = config.target == "energy_forces"
+        if self.forces and "forces" not in molecules.units:
+            raise InputError(f"target = energy_forces, but {molecules.path} has no forces", code=2)
+        self.raw = molecules.label(self.name)  # (M,)
+        self.unit = molecules.units[self.name]
+        # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
+        self.shown, self.scale = ("meV", 1000.0) if self.unit == "eV" and not self.forces else (self.unit, 1.0)
+        if not np.isfinite(self.raw[train]).all():
+            raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
+        counts = composition(molecules, train, max_z)
+        self.elements = np.flatnonzero(counts.sum(0)).tolist()
+        self.references = self.fit(config, counts, self.raw[train])  # (max_z,)
+        rest = self.raw[train] - counts @ self.references
+        self.mean = rest.mean() if self.target.centre else 0.0
+        self.std = rest.std() if self.target.centre else np.abs(rest).mean()
+        if self.forces:  # energies may be nearly equal; forces say what an error is worth
+            self.std = max(self.std, 1e-3 * self.force_rms(molecules, train))
+        if not self.std > 1e-12 * max(1.0, abs(self.mean)):
+            raise InputError(f"{molecules.path}: {self.name} is the same for all {len(train)} training molecules")
+
+    def fit(self, config, counts, values):
+        kind = self.target.references if config.references == "auto" else config.references
+        references = np.zeros(counts.shape[1])
+        if kind == "qm9":
+            if self.name not in QM9_REFERENCES:
+                raise InputError(f"references = qm9: there are none for {self.name}", code=2)
+            references[[1, 6, 7, 8, 9]] = QM9_REFERENCES[self.name]
+        elif kind == "fit":
+            references = np.linalg.lstsq(counts, values, rcond=1e-10)[0]
+        return references
+
+    @staticmethod
+    def force_rms(molecules, train):
+        return molecules.read(train[:1000], forces=True)["forces"].double().square().mean().sqrt().item()
+
+    def standardised(self, part, index):
+        """y' of the molecules index (B,) -> float32 (B,); part as Molecules.read gives it."""
+        atoms = torch.from_numpy(self.references)[part["z"]]
+        rest = torch.from_numpy(self.raw[index]) - scatter_sum(atoms, part["batch"], len(index)) - self.mean
+        return (rest / self.std).float()
+
+
+# ---------------------------------------------------------------- model
+
+
+class PropertyModel(nn.Module):
+    """Encoder and property head; what it returns is standardised, and `restore` brings it back to the label's unit."""
+
+    def __init__(self, encoder, head, reduce, references, mean=0.0, std=1.0):
+        super().__init__()
+        self.kind, self.reduce = head, reduce
+        self.encoder = encoder
+        self.head = HEADS[head](encoder.config.embedding_dimension)
+        self.register_buffer("references", torch.as_tensor(references, dtype=torch.float64))  # (max_z,)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float64))
+
+    def readout(self, x, vec, z, pos, batch, num_molecules):
+        """x (N, F), vec (N, 3, F) -> y' (B,)."""
+        if self.kind != "scalar":
+            return self.head(x, vec, z, pos, batch, num_molecules)
+        total = scatter_sum(self.head(x, vec), batch, num_molecules)
+        return total if self.reduce == "sum" else total / torch.bincount(batch, minlength=num_molecules)
+
+    def forward(self, z, pos, batch, num_molecules, forces=False, edge_index=None):
+        """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""
+        with torch.set_grad_enabled(forces or torch.is_grad_enabled()):
+            pos = pos.detach().requires_grad_(forces)
+            x, vec = self.encoder(z, pos, batch, edge_index)
+            y = self.readout(x, vec, z, pos, batch, num_molecules)
+            if not forces:
+                return y, None
+            (gradient,) = torch.autograd.grad(y.sum(), pos, create_graph=self.training)
+        return (y if self.training else y.detach()), -gradient
+
+    def restore(self, y, z, batch):
+        """y' (B,) -> the property in the label's unit, float64."""
+        return y.double() * self.std + self.mean + scatter_sum(self.references[z], batch, len(y))
+
+
+class Finetuning(nn.Module):
+    """The losses of this stage, each a share of the mean over the global batch: ranks and parts add up."""
+
+    def __init__(self, model, config):
+        super().__init__()
+        self.config, self.model = config, model
+        self.forces = config.target == "energy_forces"
+        if config.position_noise_scale and config.denoising_weight:
+            self.noise_head = EquivariantVectorOutput(model.encoder.config.embedding_dimension)
+
+    def forward(self, z, pos, batch, y, forces, noise, molecules_share, atoms_share):
+        """y (B,) and forces (N, 3) standardised, noise (N, 3) or None -> dict of scalar losses."""
+        config, error = self.config, mse_loss if self.config.loss == "mse" else l1_loss
+        predicted, predicted_forces = self.model(z, pos, batch, len(y), self.forces)
+        losses = {"loss_energy" if self.forces else "loss_property": error(predicted, y) * molecules_share}
+        if self.forces:
+            # L = w_E a_y L_E + w_F a_dy L_F. Upstream smooths L_E <- a L_E + (1 - a) (past L_E, without gradient):
+            # the past adds a constant, so what trains the network is a L_E. With Table 13's 0.2 and 0.05, 0.01 L_E.
+            losses["loss_forces"] = error(predicted_forces, forces) * atoms_share
+            total = config.energy_weight * config.ema_alpha_y * losses["loss_energy"]
+            total = total + config.force_weight * config.ema_alpha_dy * losses["loss_forces"]
+        else:
+            total = losses["loss_property"]
+        if noise is not None:
+            # DEVIATION: a second pass. The parent's code noises the one pass and keeps the clean geometry's labels.
+            x, vec = self.model.encoder(z, pos + config.position_noise_scale * noise, batch)
+            losses["loss_noise"] = mse_loss(self.noise_head(x, vec), noise) * atoms_share
+            total = total + config.denoising_weight * losses["loss_noise"]
+        return {"loss": total, **losses}
+
+
+def read_weights(path):
+    """A torch file as a dict; plain tensors and values only, so that it cannot run code."""
+    check_file(path, "init_from names an encoder.pt of pretrain.py, or a state dict")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        hint = "of a Lightning file, export the state dict first: README, Fine-tuning"
+        raise InputError(f"{path} cannot be read as plain tensors ({reason}); {hint}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def make_encoder(config):
+    """-> the encoder of init_from, or a fresh one, and the line that says which weights it has."""
+    if not config.init_from:
+        encoder = EquivariantTransformer(config.model)
+        return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
+    content = read_weights(config.init_from)
+    state_dict = content.get("state_dict", content)
+    model = config.model
+    try:
+        if "schema" in content:  # one of ours brings its architecture along
+            if content["schema"] != "georecon/1":
+                raise ValueError(f"its schema is {content['schema']}, not georecon/1")
+            model = ModelConfig(**(content["model"] if "model" in content else content["config"]["model"]))
+            own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
+            state_dict = {
+                k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)
+            } or state_dict
+        encoder = EquivariantTransformer(model)
+        load_representation(encoder, state_dict)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"init_from = {config.init_from}: {str(error)[:400]}") from None
+    loaded = len(encoder.state_dict())
+    rest = len(content.get("state_dict", content)) - loaded
+    return encoder, f"encoder: {loaded} tensors of {config.init_from}, {rest} others in it not used; fresh: the head"
+
+
+def load_property_model(path):
+    """-> the PropertyModel of a best.pt, in evaluation mode on the CPU, and what the file says of it (a dict)."""
+    content = read_weights(path)
+    if content.get("schema") != "georecon/1" or "property" not in content:
+        raise InputError(f"{path} is no best.pt of finetune.py")
+    about = content["property"]
+    try:
+        encoder = EquivariantTransformer(ModelConfig(**content["model"]))
+        model = PropertyModel(encoder, about["head"], about["reduce"], references=[0.0] * encoder.config.max_z)
+        model.load_state_dict(content["state_dict"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} does not fit this code's model: {' '.join(str(error).split())[:300]}") from None
+    return model.eval().requires_grad_(False), about
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def predict_batches(model, molecules, index, size, device, forces):
+    """Predictions for molecules index (M,), in batches -> (place in index, y (b,) float64, forces (n, 3), part)."""
+    for place in np.array_split(np.arange(len(index)), math.ceil(len(index) / size)):
+        part = molecules.read(index[place], forces)
+        z, pos, batch = (part[name].to(device) for name in ("z", "pos", "batch"))
+        with torch.no_grad():
+            y, f = model(z, pos, batch, len(place), forces)
+            y = model.restore(y, z, batch).cpu()
+        yield place, y, f.double().cpu() * model.std.cpu() if forces else None, part
+
+
+def errors(model, molecules, index, labels, config, device, rank, world):
+    """Mean absolute and root mean square errors over the molecules of index, by name, in the unit shown."""
+    model.eval()
+    total = torch.zeros(7, dtype=torch.float64)
+    mine, size = index[rank::world], config.inference_batch_size
+    for place, y, f, part in predict_batches(model, molecules, mine, size, device, labels.forces) if len(mine) else ():
+        error = (y - torch.from_numpy(labels.raw[mine[place]])) * labels.scale  # (b,)
+        per_atom = error.abs() / torch.bincount(part["batch"])
+        total[:3] += torch.stack([error.abs().sum(), error.square().sum(), per_atom.sum()])
+        if labels.forces:
+            error = f - part["forces"].double()  # (n, 3)
+            total[3:5] += torch.stack([error.abs().sum(), error.square().sum()])
+            total[5] += error.numel()
+        total[6] += len(place)
+    model.train()
+    absolute, square, per_atom, f_absolute, f_square, f_num, num = sum_over_ranks(total.to(device)).tolist()
+    found = {f"{labels.name}_mae": absolute / num, f"{labels.name}_rmse": math.sqrt(square / num)}
+    if labels.forces:
+        found["energy_per_atom_mae"] = per_atom / num
+        found |= {"forces_mae": f_absolute / f_num, "forces_rmse": math.sqrt(f_square / f_num)}
+    return found
+
+
+def score(found, labels, config):
+    """What chooses best.pt: the errors weighted as the losses. PAPER-SILENT."""
+    if labels.forces:
+        return config.energy_weight * found["energy_mae"] + config.force_weight * found["forces_mae"]
+    return found[f"{labels.name}_mae"]
+
+
+def unit_of(name, labels):
+    return f"{labels.unit}/angstrom" if name.startswith("forces") else labels.shown
+
+
+# ---------------------------------------------------------------- linear probe
+
+
+@torch.no_grad()
+def pooled_features(encoder, molecules, index, config, device):
+    """Pooled x of the frozen encoder: (M, F) float64."""
+    features = []
+    for part in np.array_split(index, math.ceil(len(index) / config.inference_batch_size)):
+        arrays = molecules.read(part)
+        z, pos, batch = (arrays[name].to(device) for name in ("z", "pos", "batch"))
+        x = scatter_sum(encoder(z, pos, batch)[0].double(), batch, len(part))
+        if config.pooling == "mean":
+            x = x / torch.bincount(batch, minlength=len(part)).unsqueeze(1)
+        features.append(x.cpu())
+    return torch.cat(features)
+
+
+def ridge(features, y, val_features, val_y):
+    """Closed-form linear regression on standardised features; the penalty that is best on validation -> w (F,)."""
+    covariance = features.T @ features / len(features)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype)
+    solutions = [
+        torch.linalg.solve(covariance + penalty * eye, features.T @ y / len(features))
+        for penalty in (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    ]
+    return min(solutions, key=lambda w: (val_features @ w - val_y).abs().mean().item())
+
+
+def probe(config, encoder, molecules, parts, labels, device, log):
+    """Sec. 5.3 and Fig. 3: one linear layer on the frozen encoder -> {set: errors}, by descent and in closed form."""
+    features, y = {}, {}
+    for name, index in parts.items():
+        features[name] = pooled_features(encoder, molecules, index, config, device)
+        atoms = composition(molecules, index, len(labels.references)) @ labels.references
+        y[name] = torch.from_numpy((labels.raw[index] - atoms - labels.mean) / labels.std)
+    mean, std = features["train"].mean(0), features["train"].std(0).clamp(min=1e-8)
+    features = {name: (value - mean) / std for name, value in features.items()}
+
+    def mae(name, w, b):
+        return (features[name] @ w + b - y[name]).abs().mean().item() * labels.std * labels.scale
+
+    layer = nn.Linear(features["train"].shape[1], 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=config.lr, weight_decay=0.0)
+    source, num, order = (features["train"].float(), y["train"].float()), len(y["train"]), None
+    size = min(config.batch_size, num)
+    best, key = (math.inf, None, 0), f"{labels.name}_mae"
+    for step in range(config.max_steps + 1):
+        w, b = layer.weight.detach().double()[0], layer.bias.detach().double()
+        if step % config.val_every == 0 or step == config.max_steps:
+            found = mae("val", w, b)
+            log.write({"step": step, "split": "val", key: found, "train_mae": mae("train", w, b)})
+            best = min(best, (found, (w.clone(), b.clone()), step), key=lambda entry: entry[0])
+        if step == config.max_steps:
+            break
+        epoch, place = divmod(step, num // size)
+        if place == 0:
+            order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(num))
+        chosen = order[place * size : (place + 1) * size]
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        loss = mse_loss(layer(source[0][chosen]).squeeze(1), source[1][chosen])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.bar.update()
+    closed = ridge(features["train"], y["train"], features["val"], y["val"])
+    nothing = torch.zeros_like(closed)
+    median = y["train"].median()
+    return best[2], {
+        name: {
+            key: mae(name, *best[1]),
+            f"{key}_ridge": mae(name, closed, 0),
+            f"{key}_constant": mae(name, nothing, median),
+        }
+        for name in parts
+        if name != "train"
+    }
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_step(net, parts, step, labels, config, device, world):
+    """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
+    share = {}
+    noise = None
+    if config.position_noise_scale and config.denoising_weight:
+        noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3) for the global batch
+    for k, part in enumerate(parts):
+        first, num_atoms = part["first_atom"], len(part["z"])
+        y = labels.standardised(part, part["index"].numpy())
+        forces = (part["forces"].double() / labels.std).float() if labels.forces else None
+        mine = noise[first : first + num_atoms] if noise is not None else None
+        arrays = [t if t is None else t.to(device) for t in (part["z"], part["pos"], part["batch"], y, forces, mine)]
+        more_to_come = isinstance(net, DistributedDataParallel) and k < len(parts) - 1
+        with net.no_sync() if more_to_come else nullcontext():
+            losses = net(*arrays, part["num_molecules"] / config.batch_size, num_atoms / part["global_atoms"])
+            (losses["loss"] * world).backward()  # DDP divides the sum of the ranks' gradients by world
+        for name, loss in losses.items():
+            share[name] = share.get(name, 0.0) + loss.detach()
+    return share
+
+
+def describe(config, parts, tests, labels, encoder_line, model, device, world):
+    """The lines that say what is about to be trained, on what, from where."""
+    sizes = ", ".join(f"{len(index):,} {name}" for name, index in (parts | tests).items())
+    yield f"{config.target} on {config.data}: {sizes}"
+    yield f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit} after atom references"
+    yield encoder_line
+    yield f"{num_parameters(model):,} parameters; {config.max_steps:,} steps of {config.batch_size}; {world} x {device}"
+
+
+def final_metrics(config, val, test, labels, sizes, best_step, parameters, wall_s, data_sha256):
+    return {
+        "test": test,
+        "val": val,
+        "units": {name: unit_of(name, labels) for name in val},
+        "paper": config.paper,
+        "target": config.target,
+        "seed": config.seed,
+        "steps": config.max_steps,
+        "best_step": best_step,
+        "molecules": sizes,
+        "init_from": config.init_from,
+        "init_sha256": sha256(config.init_from) if config.init_from else None,
+        "parameters": parameters,
+        "wall_s": round(wall_s, 1),
+        "data": config.data,
+        "data_sha256": data_sha256,
+    }
+
+
+def report(metrics):
+    """The lines that say what came out, beside the paper's figure."""
+    for split, found in {"val": metrics["val"], **metrics["test"]}.items():
+        for name, value in found.items():
+            suffix = f"_{split}_{name}"
+            paper = [f"{k.removesuffix(suffix)} {v:g}" for k, v in metrics["paper"].items() if k.endswith(suffix)]
+            paper = f"   in the paper: {', '.join(paper)}" if paper else ""
+            yield f"{split:<14}{name:<24}{value:>12.5g} {metrics['units'].get(name, '')}{paper}"
+
+
+def finetune(config, device, rank, world):
+    """The whole run: data, model, start or resume, loop, test."""
+    folder = Path(config.out_dir)
+    checkpoint = open_run_folder(config)
+    made_by = provenance(device, world)  # now: the checkout may move on during a long run
+    molecules = open_data(config)
+    train, val, tests = split_data(config, molecules)
+    data_sha256 = molecules.sha256()
+
+    # model: the head first, so that its weights depend on the seed alone and not on where the encoder comes from
+    torch.manual_seed(config.seed)
+    encoder, encoder_line = make_encoder(config)
+    config = replace(config, model=encoder.config)
+    labels = Labels(config, molecules, train, encoder.config.max_z)
+    torch.manual_seed(config.seed)
+    head = labels.target.head if config.head == "auto" else config.head
+    model = PropertyModel(encoder, head, config.reduce, labels.references, labels.mean, labels.std)
+    net = module = Finetuning(model, config).to(device)
+    if dist.is_initialized() and not config.freeze_encoder:
+        net = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
+    plateau = ReduceLROnPlateau(optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.lr_min)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
+    judged = average.module if average else model
+
+    # start or resume
+    state = {"step": 0, "wall_s": 0.0, "first_val": None, "last_val": None, "best_val": None, "best_step": 0}
+    if checkpoint:
+        check_same_run(checkpoint, config, data_sha256)
+        try:
+            module.load_state_dict(checkpoint["state_dict"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            plateau.load_state_dict(checkpoint["plateau"])
+            if average:
+                average.load_state_dict(checkpoint["average"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
+        state = {key: checkpoint[key] for key in state}
+    barrier()  # every rank has looked at the folder before rank 0 writes to it
+    if rank == 0:
+        claim_run_folder(config, state["step"] if checkpoint else None)
+    log = Log(folder / "log.jsonl", state["step"], config.max_steps, active=rank == 0)
+    for line in describe(config, {"train": train, "val": val}, tests, labels, encoder_line, module, device, world):
+        log.say(line)
+    began = time.perf_counter() - state["wall_s"]
+    sizes = {"train": len(train), "val": len(val)} | {name: len(index) for name, index in tests.items()}
+
+    def finish(val_errors, test_errors, best_step):
+        if rank == 0:
+            wall_s = time.perf_counter() - began
+            parameters = num_parameters(model)
+            metrics = final_metrics(
+                config, val_errors, test_errors, labels, sizes, best_step, parameters, wall_s, data_sha256
+            )
+            write_text(folder / "metrics.json", json.dumps(metrics | made_by, indent=1) + "\n")
+            for line in report(metrics):
+                log.say(line)
+            log.say(f"{wall_s:.0f} s; the run is in {folder}")
+
+    if config.freeze_encoder:
+        parts = {"train": train, "val": val, **tests}
+        best_step, found = probe(config, model.encoder.eval(), molecules, parts, labels, device, log)
+        return finish(found.pop("val"), found, best_step)
+
+    def save(step, best=False):
+        if rank != 0:
+            return
+        if best:
+            content = {"schema": "georecon/1", "model": asdict(encoder.config), "state_dict": judged.state_dict()}
+            content["property"] = {
+                "target": config.target,
+                "name": labels.name,
+                "unit": labels.unit,
+                "head": head,
+                "reduce": config.reduce,
+                "elements": labels.elements,
+                "step": step,
+                "val": state["best_val"],
+            }
+            write_atomically(folder / "best.pt", lambda path: torch.save(content, path))
+            return
+        content = {"schema": "georecon/1", "config": asdict(config), "data_sha256": data_sha256, **state}
+        content |= {"step": step, "wall_s": time.perf_counter() - began, "state_dict": module.state_dict()}
+        content |= {"optimizer": optimizer.state_dict(), "plateau": plateau.state_dict()}
+        content["average"] = average.state_dict() if average else None
+        if step in config.keep_steps:
+            write_atomically(folder / f"step_{step}.pt", lambda path: torch.save(content, path))
+        write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
+
+    def validate(step):
+        found = errors(judged, molecules, val, labels, config, device, rank, world)
+        log.write({"step": step, "split": "val", **found})
+        state["first_val"], state["last_val"] = state["first_val"] or found, found
+        if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
+            state["best_val"], state["best_step"] = found, step
+            save(step, best=True)
+        return found
+
+    if not checkpoint:
+        validate(0)
+    start = state["step"]
+    source = StepBatches(
+        molecules, train, config.batch_size, config.seed, rank, world, config.accumulate, labels.forces
+    )
+    loader = DataLoader(source, None, sampler=range(start, config.max_steps), num_workers=config.num_workers)
+    window, window_began = [], time.perf_counter()
+    for step, parts in enumerate(loader, start):
+        if config.lr_schedule != "plateau" or step < config.lr_warmup_steps:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        lr = optimizer.param_groups[0]["lr"]
+        share = train_step(net, parts, step, labels, config, device, world)
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(trained, config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average:
+            average.update_parameters(model)
+        window.append(torch.stack(list(share.values())))
+        log.bar.update()
+
+        done = step + 1
+        last = done == config.max_steps
+        saving = last or done % config.save_every == 0 or done in config.keep_steps
+        if saving or done % config.log_every == 0:
+            means = dict(zip(share, sum_over_ranks(torch.stack(window).mean(0)).tolist(), strict=True))
+            if not math.isfinite(means["loss"]):
+                raise InputError(
+                    f"the loss is {means['loss']} between step {done - len(window)} and {done}; "
+                    f"{folder / 'last.pt'} is the last good state: lower lr, or look at the data with data.py info"
+                )
+        if last or done % config.log_every == 0:
+            speed = len(window) * config.batch_size / (time.perf_counter() - window_began)
+            log.write({"step": done, "split": "train", **means, "lr": lr, "molecules_per_s": round(speed, 1)})
+            window, window_began = [], time.perf_counter()
+        if last or done % config.val_every == 0:
+            found = validate(done)
+            if config.lr_schedule == "plateau" and done > config.lr_warmup_steps:
+                plateau.step(score(found, labels, config))
+            window_began = time.perf_counter()
+        if saving:
+            save(done)
+    barrier()  # best.pt is whole
+
+    log.bar.close()
+    best, _ = load_property_model(folder / "best.pt")
+    best.to(device).requires_grad_(False)
+    found = {name: errors(best, molecules, t, labels, config, device, rank, world) for name, t in tests.items()}
+    finish(state["best_val"], found, state["best_step"])
+
+
+# ---------------------------------------------------------------- predict
+
+
+def predict(checkpoint, source, out):
+    """python finetune.py predict best.pt IN.xyz OUT.xyz: eV and eV/angstrom, or the property in its unit."""
+    ase = need("ase", "reading and writing xyz")
+    need("ase.io", "reading and writing xyz")
+    calculators = need("ase.calculators.singlepoint", "reading and writing xyz")
+    model, about = load_property_model(checkpoint)
+    check_file(source, "give an extended xyz")
+    if Path(out).exists():
+        raise InputError(f"{out} exists: remove it or choose another name")
+    forces, unit = about["target"] == "energy_forces", about["unit"]
+    in_ev = {"eV": 1.0, "kcal/mol": 0.0433641153}  # ase.units.kcal / mol
+    if forces and unit not in in_ev:
+        raise InputError(f"{checkpoint}: energies in {unit}; known are {', '.join(in_ev)}")
+    written = []
+    for mol in read_xyz(Path(source)):
+        if "skip" in mol:
+            raise InputError(f"{source}: molecule {mol['id']} is {mol['skip']}")
+        z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"]).float()
+        if strange := set(z.tolist()) - set(about["elements"]):
+            raise InputError(f"{source}: molecule {mol['id']} holds element {min(strange)}, unknown to {checkpoint}")
+        batch = torch.zeros_like(z)
+        y, f = model(z, pos, batch, 1, forces)
+        value = model.restore(y, z, batch).item()
+        atoms = ase.Atoms(mol["z"], mol["pos"])
+        if forces:
+            results = {"energy": value * in_ev[unit], "forces": (f.double() * model.std).numpy() * in_ev[unit]}
+            atoms.calc = calculators.SinglePointCalculator(atoms, **results)
+        else:
+            atoms.info |= {about["name"]: value, "unit": unit}
+        written.append(atoms)
+    if not written:
+        raise InputError(f"{source}: no molecules inside")
+    write_atomically(Path(out), lambda path: ase.io.write(str(path), written, format="extxyz"))
+    print(f"{out}: {about['name']}{' and forces' if forces else ''} of {len(written)} molecules")
+
+
+def main(arguments):
+    if arguments[:1] == ["predict"]:
+        if len(arguments) != 4:
+            raise InputError("usage: python finetune.py predict best.pt IN.xyz OUT.xyz", code=2)
+        return predict(*arguments[1:])
+    config = load_config(FinetuneConfig, arguments, __doc__)
+    keep_freed_memory()
+    device, rank, world = set_up_process(config)
+    finetune(config, device, rank, world)
+    leave_process()
+
+
+if __name__ == "__main__":
+    cli(main)
