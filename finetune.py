@@ -36,7 +36,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from data import InputError, StepBatches, check_file, cli, need, read_xyz, sha256, split_indices
+from data import InputError, StepBatches, check_file, cli, need, read_xyz, readable, sha256, split_indices
 from model import (
     ElectronicSpatialExtent,
     EquivariantDipoleMoment,
@@ -200,7 +200,8 @@ def split_data(config, molecules):
     train, val = parts.pop("train"), parts.pop("val")
     for name in filter(None, config.test_split.split(",")):
         test = named_split(molecules, name)
-        parts[name] = test[split_indices(len(test), [min(config.test_size or len(test), len(test)), None])[0]]
+        key = f"test_{name}" if name in ("train", "val") else name  # beside a training part or validation part of ours
+        parts[key] = test[split_indices(len(test), [min(config.test_size or len(test), len(test)), None])[0]]
     together = np.concatenate([train, val, *parts.values()])
     if len(np.unique(together)) < len(together):
         raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
@@ -235,7 +236,9 @@ class Labels:
         self.unit = molecules.units[self.name]
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
         self.shown, self.scale = ("meV", 1000.0) if self.unit == "eV" and not self.forces else (self.unit, 1.0)
-        if not np.isfinite(self.raw[train]).all():
+        if self.forces and config.freeze_encoder:
+            raise InputError("freeze_encoder = true: a linear probe predicts a label, name one as the target", code=2)
+        if not np.isfinite(self.raw).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
         counts = composition(molecules, train, max_z)
         self.elements = np.flatnonzero(counts.sum(0)).tolist()
@@ -252,8 +255,8 @@ class Labels:
         kind = self.target.references if config.references == "auto" else config.references
         references = np.zeros(counts.shape[1])
         if kind == "qm9":
-            if self.name not in QM9_REFERENCES:
-                raise InputError(f"references = qm9: there are none for {self.name}", code=2)
+            if self.name not in QM9_REFERENCES or len(references) < 10:
+                raise InputError(f"references = qm9: there are none for {self.name}, or model.max_z < 10", code=2)
             references[[1, 6, 7, 8, 9]] = QM9_REFERENCES[self.name]
         elif kind == "fit":
             references = np.linalg.lstsq(counts, values, rcond=1e-10)[0]
@@ -296,7 +299,10 @@ class PropertyModel(nn.Module):
         """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""
         with torch.set_grad_enabled(forces or torch.is_grad_enabled()):
             pos = pos.detach().requires_grad_(forces)
-            x, vec = self.encoder(z, pos, batch, edge_index)
+            try:
+                x, vec = self.encoder(z, pos, batch, edge_index)
+            except ValueError as error:  # more neighbours than model.max_num_neighbors
+                raise InputError(str(error)) from None
             y = self.readout(x, vec, z, pos, batch, num_molecules)
             if not forces:
                 return y, None
@@ -370,6 +376,8 @@ def make_encoder(config):
             state_dict = {
                 k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)
             } or state_dict
+        # vector messages may be made to vanish at the cutoff after pretraining: no weights belong to it
+        model = replace(model, vector_cutoff=model.vector_cutoff or config.model.vector_cutoff)
         encoder = EquivariantTransformer(model)
         load_representation(encoder, state_dict)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -591,6 +599,8 @@ def finetune(config, device, rank, world):
     molecules = open_data(config)
     train, val, tests = split_data(config, molecules)
     data_sha256 = molecules.sha256()
+    forces = config.target == "energy_forces"
+    source = StepBatches(molecules, train, config.batch_size, config.seed, rank, world, config.accumulate, forces)
 
     # model: the head first, so that its weights depend on the seed alone and not on where the encoder comes from
     torch.manual_seed(config.seed)
@@ -602,7 +612,8 @@ def finetune(config, device, rank, world):
     model = PropertyModel(encoder, head, config.reduce, labels.references, labels.mean, labels.std)
     net = module = Finetuning(model, config).to(device)
     if dist.is_initialized() and not config.freeze_encoder:
-        net = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        options = {"broadcast_buffers": False, "find_unused_parameters": head == "extent"}  # which takes no vectors
+        net = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
     plateau = ReduceLROnPlateau(optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.lr_min)
@@ -727,7 +738,6 @@ def finetune(config, device, rank, world):
         if saving:
             save(done)
     barrier()  # best.pt is whole
-
     log.bar.close()
     best, _ = load_property_model(folder / "best.pt")
     best.to(device).requires_grad_(False)
@@ -736,6 +746,9 @@ def finetune(config, device, rank, world):
 
 
 # ---------------------------------------------------------------- predict
+
+
+IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
 
 
 def predict(checkpoint, source, out):
@@ -748,11 +761,12 @@ def predict(checkpoint, source, out):
     if Path(out).exists():
         raise InputError(f"{out} exists: remove it or choose another name")
     forces, unit = about["target"] == "energy_forces", about["unit"]
-    in_ev = {"eV": 1.0, "kcal/mol": 0.0433641153}  # ase.units.kcal / mol
-    if forces and unit not in in_ev:
-        raise InputError(f"{checkpoint}: energies in {unit}; known are {', '.join(in_ev)}")
+    if forces and unit not in IN_EV:
+        raise InputError(f"{checkpoint}: energies in {unit}; known are {', '.join(IN_EV)}")
     written = []
-    for mol in read_xyz(Path(source)):
+    with readable(Path(source)):
+        read = list(read_xyz(Path(source)))
+    for mol in read:
         if "skip" in mol:
             raise InputError(f"{source}: molecule {mol['id']} is {mol['skip']}")
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"]).float()
@@ -763,7 +777,7 @@ def predict(checkpoint, source, out):
         value = model.restore(y, z, batch).item()
         atoms = ase.Atoms(mol["z"], mol["pos"])
         if forces:
-            results = {"energy": value * in_ev[unit], "forces": (f.double() * model.std).numpy() * in_ev[unit]}
+            results = {"energy": value * IN_EV[unit], "forces": (f.double() * model.std).numpy() * IN_EV[unit]}
             atoms.calc = calculators.SinglePointCalculator(atoms, **results)
         else:
             atoms.info |= {about["name"]: value, "unit": unit}

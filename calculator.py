@@ -1,0 +1,121 @@
+"""An ASE calculator over a fine-tuned checkpoint: energy in eV, forces in eV/angstrom, any ASE dynamics or optimiser.
+
+    from calculator import GeoReconCalculator
+    atoms.calc = GeoReconCalculator("out/demo_forces/best.pt")
+
+    python calculator.py best.pt START.xyz OUT.png [ps=2] [temperature=300]
+
+relaxes the first molecule of START.xyz, runs it at constant energy, reports and draws the drift of the total energy.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import InputError, check_file, cli, need
+from finetune import IN_EV, load_property_model
+from model import radius_graph
+from pretrain import keep_freed_memory, write_atomically
+
+ase = need("ase.calculators.calculator", "the calculator")
+
+SKIN = 1.0  # angstrom; pairs up to cutoff + SKIN are kept until an atom has moved by SKIN / 2
+
+
+class GeoReconCalculator(ase.Calculator):
+    """Energy (eV) and forces (eV/angstrom) of one molecule, no periodic images. InputError: not a checkpoint for it."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, checkpoint, device="cpu"):
+        super().__init__()
+        model, about = load_property_model(checkpoint)
+        if about["target"] != "energy_forces" or about["unit"] not in IN_EV:
+            raise InputError(f"{checkpoint} predicts {about['target']} in {about['unit']}, not energies and forces")
+        self.model, self.elements, self.to_ev = model.to(device), set(about["elements"]), IN_EV[about["unit"]]
+        self.device, self.cutoff = device, model.encoder.config.cutoff_upper
+        self.listed = None  # z, pos when the list was made, pairs within cutoff + SKIN
+
+    def pairs(self, z, pos, batch):
+        """edge_index (2, P) within the cutoff, from the list of those within cutoff + SKIN while that holds."""
+        moved = self.listed is None or not torch.equal(self.listed[0], z)
+        if moved or (pos - self.listed[1]).square().sum(1).max() > (SKIN / 2) ** 2:
+            self.listed = z, pos, radius_graph(pos, batch, self.cutoff + SKIN)
+        j, i = near = self.listed[2]
+        return near[:, (pos[i] - pos[j]).square().sum(1) < self.cutoff**2]
+
+    def calculate(self, atoms=None, properties=("energy", "forces"), system_changes=ase.all_changes):
+        super().calculate(atoms, properties, system_changes)
+        if self.atoms.pbc.any():
+            raise InputError("a periodic system: this calculator knows isolated molecules only")
+        if strange := set(self.atoms.numbers.tolist()) - self.elements:
+            raise InputError(f"element {min(strange)} was not among the molecules that the model was trained on")
+        z = torch.as_tensor(self.atoms.numbers, device=self.device).long()
+        pos = torch.as_tensor(self.atoms.positions - self.atoms.positions.mean(0), device=self.device).float()
+        batch = torch.zeros_like(z)
+        y, forces = self.model(z, pos, batch, 1, forces=True, edge_index=self.pairs(z, pos, batch))
+        self.results["energy"] = self.model.restore(y, z, batch).item() * self.to_ev
+        self.results["forces"] = (forces.double() * self.model.std).cpu().numpy() * self.to_ev
+
+
+def constant_energy(atoms, ps, temperature, timestep=0.5, seed=1):
+    """Relax, heat, and run at constant energy -> times (ps), total energies (eV), kinetic temperatures (K)."""
+    units, optimize = need("ase.units", "dynamics"), need("ase.optimize", "dynamics")
+    verlet = need("ase.md.verlet", "dynamics")
+    optimize.FIRE(atoms, logfile=None).run(fmax=0.05, steps=500)
+    # momenta of twice the temperature, of which half becomes potential energy; none of the molecule as a whole
+    masses = atoms.get_masses()[:, None]
+    momenta = np.random.default_rng(seed).standard_normal((len(atoms), 3)) * np.sqrt(
+        masses * units.kB * 2 * temperature
+    )
+    atoms.set_momenta(momenta - masses * momenta.sum(0) / masses.sum())
+    dynamics = verlet.VelocityVerlet(atoms, timestep * units.fs)
+    record = []
+    for step in range(round(1000 * ps / timestep) + 1):
+        if step:
+            dynamics.run(1)
+        record.append((step * timestep / 1000, atoms.get_total_energy(), atoms.get_temperature()))
+    return np.array(record).T
+
+
+def main(arguments):
+    if len(arguments) < 3 or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip(), file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
+        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    checkpoint, start, out, *options = arguments
+    settings = {"ps": 2.0, "temperature": 300.0}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            settings[key] = settings[key] * 0 + float(value)
+        except (KeyError, ValueError):
+            raise InputError(f"argument {option!r}: ps=2 or temperature=300", code=2) from None
+    if Path(out).suffix not in (".png", ".svg"):
+        raise InputError(f"{out}: the figure must end in .png or .svg", code=2)
+    check_file(start, "give an xyz of the molecule")
+    plt = need("matplotlib.pyplot", "drawing")
+    keep_freed_memory()
+    atoms = need("ase.io", "reading xyz").read(start, index=0)
+    atoms.calc = GeoReconCalculator(checkpoint)
+    began = time.perf_counter()
+    times, energies, temperatures = constant_energy(atoms, **settings)
+    per_atom = 1000 * (energies - energies[0]) / len(atoms)  # meV
+    drift = np.polyfit(times, per_atom, 1)[0]
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6, 4.5), layout="constrained")
+    top.plot(times, per_atom, color="black", lw=0.7)
+    top.plot(times, np.polyval(np.polyfit(times, per_atom, 1), times), "--", color="tab:red", lw=1)
+    top.set(ylabel="total energy, meV/atom", title=f"drift {drift:.4f} meV per atom and ps")
+    bottom.plot(times, temperatures, color="black", lw=0.7)
+    bottom.set(xlabel="time, ps", ylabel="temperature, K")
+    write_atomically(Path(out), lambda path: figure.savefig(path, dpi=120, format=Path(out).suffix[1:]))
+    print(f"drift {drift:.5f} meV per atom and ps, fluctuation {per_atom.std():.5f} meV per atom (rms)")
+    print(
+        f"mean temperature {temperatures.mean():.0f} K, {len(times) - 1:,} steps in {time.perf_counter() - began:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    cli(main)

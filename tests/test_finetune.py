@@ -1,0 +1,708 @@
+"""Stage 2: physics of a trained model, labels, splits, learning, where the encoder comes from, resuming, predict."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import finetune
+import pretrain
+from data import InputError, Molecules
+from finetune import FinetuneConfig, Finetuning, Labels, PropertyModel, learning_rate, load_property_model, split_data
+from model import EquivariantTransformer, ModelConfig, load_encoder
+from pretrain import load_config
+
+ROOT = Path(__file__).parent.parent
+QM9, ETHANOL = ROOT / "data/qm9_demo.h5", ROOT / "data/ethanol_demo.h5"
+MODEL = {"embedding_dimension": 16, "num_layers": 2, "num_rbf": 16, "num_heads": 4, "vector_cutoff": True}
+COMMON = {
+    "lr": 1e-3,
+    "lr_warmup_steps": 2,
+    "lr_cosine_length": 20,
+    "max_steps": 3,
+    "log_every": 1,
+    "val_every": 5,
+    "save_every": 7,
+    "deterministic": torch.cuda.is_available(),  # on the CPU it always is
+    "model": MODEL,
+}
+GAP = {**COMMON, "data": str(QM9), "target": "gap", "train_size": 100, "val_size": 30, "test_size": 30}
+GAP |= {"batch_size": 8}
+FORCES = {**COMMON, "data": str(ETHANOL), "target": "energy_forces", "train_size": 100, "val_size": 20}
+FORCES |= {"test_size": 20, "batch_size": 4}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """gap.yaml and forces.yaml, runs of a second, in a folder of their own that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, settings in (("gap", GAP), ("forces", FORCES)):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def start(name, *settings, out=None):
+    """Run finetune.py in this process -> the folder of the run."""
+    out = out or f"out/{name}"
+    finetune.main([f"{name}.yaml", f"out_dir={out}", *settings])
+    return Path(out)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of a run that has learnt something of ethanol's forces."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {**FORCES, "train_size": 800, "max_steps": 100, "batch_size": 8, "lr": 1e-2, "lr_warmup_steps": 10}
+    settings |= {"lr_cosine_length": 100, "val_every": 50, "log_every": 50, "energy_weight": 0.05}
+    (folder / "forces.yaml").write_text(yaml.safe_dump(settings))
+    finetune.main([str(folder / "forces.yaml"), f"out_dir={folder / 'run'}"])
+    return folder / "run"
+
+
+@pytest.fixture
+def best(trained):
+    return load_property_model(trained / "best.pt")[0].double()
+
+
+def ethanol(index=0):
+    part = Molecules(ETHANOL).read([index], forces=True)
+    return part["z"], part["pos"].double()
+
+
+def one(model, z, pos):
+    """Energy and forces of one molecule, standardised."""
+    y, forces = model(z, pos, torch.zeros_like(z), 1, forces=True)
+    return y[0], forces
+
+
+def read_log(folder, split="train"):
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["split"] == split]
+
+
+def tensors(path):
+    """Every tensor of a checkpoint by its place in it."""
+
+    def walk(content, place):
+        for key, value in content.items() if isinstance(content, dict) else ():
+            if isinstance(value, torch.Tensor):
+                yield f"{place}/{key}", value
+            else:
+                yield from walk(value, f"{place}/{key}")
+
+    return dict(walk(torch.load(path, "cpu", weights_only=True), ""))
+
+
+def same_bits(a, b):
+    a, b = tensors(a), tensors(b)
+    return len(a) > 20 and a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def fails(arguments, message, code=None):
+    with pytest.raises(InputError) as error:
+        finetune.main([str(argument) for argument in arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert code in (None, error.value.code)
+
+
+def config_of(**settings):
+    return FinetuneConfig(**{**GAP, "model": ModelConfig(**MODEL), **settings})
+
+
+# ---------------------------------------------------------------- physics of a trained model
+
+
+def test_forces_are_learnt(trained):
+    found = json.loads((trained / "metrics.json").read_text())
+    parts = split_data(load_config(FinetuneConfig, [str(trained / "config.yaml")], ""), Molecules(ETHANOL))
+    zero = Molecules(ETHANOL).read(parts[2]["test"], forces=True)["forces"].abs().mean().item()
+    assert found["test"]["test"]["forces_mae"] < 0.6 * zero
+    assert found["val"]["forces_mae"] < 0.6 * read_log(trained, "val")[0]["forces_mae"]
+    assert found["units"]["forces_mae"] == "eV/angstrom" and found["units"]["energy_mae"] == "eV"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_energy_is_invariant_and_forces_turn_along(best, sign):
+    z, pos = ethanol()
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    turn = turn * turn.det() * sign  # a rotation, or one with a reflection
+    order = torch.tensor([3, 0, 8, 1, 7, 2, 6, 4, 5])
+    y, forces = one(best, z, pos)
+    turned, turned_forces = one(best, z[order], pos[order] @ turn.T + torch.tensor([1.0, -2.0, 3.0]))
+    assert turned.item() == pytest.approx(y.item(), rel=1e-10)
+    assert forces.abs().max() > 0.1
+    torch.testing.assert_close(turned_forces, forces[order] @ turn.T, rtol=1e-9, atol=1e-9)
+    assert forces.sum(0).abs().max() < 1e-10
+
+
+def test_forces_are_minus_the_slope_of_the_energy(best):
+    z, pos = ethanol(5)
+    forces, h = one(best, z, pos)[1], 2e-5
+    shifts = h * torch.eye(27, dtype=torch.float64).view(27, 9, 3)
+    many = torch.cat([(pos + shifts).reshape(-1, 3), (pos - shifts).reshape(-1, 3)])
+    y, _ = best(z.repeat(54), many, torch.arange(54).repeat_interleave(9), 54)
+    slope = (y[:27] - y[27:]).view(9, 3) / (2 * h)
+    torch.testing.assert_close(forces, -slope, rtol=1e-6, atol=1e-6)
+
+
+def test_energy_has_no_step_where_an_atom_crosses_the_cutoff(best):
+    z, pos = ethanol()
+    away = pos[8] - pos[:8].mean(0)
+    away = away / away.norm()
+    far = (pos[:8] - pos[8]).norm(dim=1).argmax()
+    low, high = 0.0, 5.0  # how far to move atom 8 until it is 5 angstrom from the farthest
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if (pos[8] + middle * away - pos[far]).norm() > 5 else (middle, high)
+
+    def step(model):
+        moved = [pos.clone() for _ in range(2)]
+        for k, way in enumerate((low - 1e-8, low + 1e-8)):
+            moved[k][8] += way * away
+        return abs(one(model, z, moved[0])[0] - one(model, z, moved[1])[0]).item()
+
+    without = EquivariantTransformer(replace(best.encoder.config, vector_cutoff=False)).double()
+    without.load_state_dict(best.encoder.state_dict())
+    smooth = step(best)
+    best.encoder = without
+    assert smooth < 1e-6 and step(best) > 100 * smooth
+
+
+def test_a_mixed_batch_equals_one_at_a_time(tiny):
+    model = load_property_model(start("gap") / "best.pt")[0].double()
+    molecules, index = Molecules(QM9), [0, 700, 1500, 1999]
+    part = molecules.read(index)
+    assert len(set(part["batch"].bincount().tolist())) > 1
+    together = model(part["z"], part["pos"].double(), part["batch"], 4)[0]
+    singles = [molecules.read([k]) for k in index]
+    alone = torch.cat([model(p["z"], p["pos"].double(), p["batch"], 1)[0] for p in singles])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    restored = model.restore(together, part["z"], part["batch"])
+    assert abs(restored.mean() - molecules.label("gap").mean()) < 3
+
+
+# ---------------------------------------------------------------- learning, losses
+
+
+def changed_copy(path, name, change, source=QM9):
+    shutil.copy(source, path)
+    with h5py.File(path, "r+") as file:
+        file[name][...] = change(file[name][...])
+    return path
+
+
+def test_real_labels_are_learnt_and_shuffled_ones_are_not(tiny):
+    shuffled = changed_copy(tiny / "shuffled.h5", "y/gap", np.random.default_rng(1).permutation)
+    settings = ["train_size=1600", "val_size=200", "test_size=200", "batch_size=32", "max_steps=120", "lr=5e-3"]
+    settings += ["lr_cosine_length=120", "lr_warmup_steps=10", "val_every=40", "log_every=40"]
+    found = {}
+    for name, data in (("real", QM9), ("shuffled", shuffled)):
+        folder = start("gap", *settings, f"data={data}", out=f"out/{name}")
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["units"]["gap_mae"] == "meV"
+        train, _, tests = split_data(load_config(FinetuneConfig, [f"{folder}/config.yaml"], ""), Molecules(data))
+        y = Molecules(data).label("gap")
+        constant = 1000 * np.abs(y[tests["test"]] - np.median(y[train])).mean()
+        found[name] = metrics["test"]["test"]["gap_mae"] / constant
+    assert found["shuffled"] > 0.93 and found["real"] < 0.8 * found["shuffled"], found
+
+
+def test_metrics_are_the_errors_of_best_pt(tiny):
+    folder = start("forces")
+    molecules, (model, about) = Molecules(ETHANOL), load_property_model(folder / "best.pt")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    _, _, tests = split_data(load_config(FinetuneConfig, ["forces.yaml"], ""), molecules)
+    part = molecules.read(tests["test"], forces=True)
+    y, forces = model(part["z"], part["pos"], part["batch"], 20, forces=True)
+    error = model.restore(y, part["z"], part["batch"]) - torch.from_numpy(molecules.label("energy")[tests["test"]])
+    force_error = forces.double() * model.std - part["forces"]
+    found = metrics["test"]["test"]
+    assert found["energy_mae"] == pytest.approx(error.abs().mean().item(), rel=1e-6)
+    assert found["energy_rmse"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6)
+    assert found["energy_per_atom_mae"] == pytest.approx(found["energy_mae"] / 9)
+    assert found["forces_mae"] == pytest.approx(force_error.abs().mean().item(), rel=1e-5)
+    assert found["forces_rmse"] == pytest.approx(force_error.square().mean().sqrt().item(), rel=1e-5)
+    assert about["val"] == metrics["val"] and about["step"] == metrics["best_step"]
+    names = {"config.yaml", "log.jsonl", "last.pt", "best.pt", "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_what_trains_the_network_is_upstreams_smoothed_loss():
+    """Upstream: L_E <- 0.05 L_E + 0.95 (past L_E, without gradient), then 0.2 L_E + 0.8 L_F."""
+    weights = {"energy_weight": 0.2, "force_weight": 0.8, "ema_alpha_y": 0.05, "ema_alpha_dy": 1.0}
+    config = config_of(target="energy_forces", data=str(ETHANOL), **weights)
+    torch.manual_seed(0)
+    model = PropertyModel(EquivariantTransformer(config.model), "scalar", "sum", [0.0] * 100).double()
+    part = Molecules(ETHANOL).read([1, 2, 3], forces=True)
+    z, pos, batch, y = part["z"], part["pos"].double(), part["batch"], torch.randn(3, dtype=torch.float64)
+    forces, gradients = part["forces"].double(), []
+    ours = Finetuning(model, config)(z, pos, batch, y, forces, None, 1.0, 1.0)["loss"]
+    predicted, predicted_forces = model(z, pos, batch, 3, forces=True)
+    past = torch.tensor(7.0, requires_grad=True)
+    smoothed = 0.05 * (predicted - y).square().mean() + 0.95 * past.detach()
+    upstream = 0.2 * smoothed + 0.8 * (predicted_forces - forces).square().mean()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for loss in (ours, upstream):
+        gradients.append(torch.autograd.grad(loss, trained, allow_unused=True))
+    assert upstream.item() == pytest.approx(ours.item() + 0.2 * 0.95 * 7)
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_the_denoising_pass_trains_its_head(tiny):
+    folder = start("forces", "position_noise_scale=0.05", "denoising_weight=0.5", "max_steps=30", "val_every=30")
+    losses = [record["loss_noise"] for record in read_log(folder)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:3]) and 0.2 < losses[0] < 5
+    record = read_log(folder)[0]
+    energy, forces = record["loss_energy"], record["loss_forces"]
+    assert record["loss"] == pytest.approx(energy + forces + 0.5 * record["loss_noise"], rel=1e-5)
+    head = {key: value for key, value in tensors(folder / "last.pt").items() if "noise_head" in key}
+    start("forces", "position_noise_scale=0.05", "denoising_weight=0.5", "max_steps=1", out="out/one")
+    first = tensors("out/one/last.pt")
+    assert head and any(not torch.equal(value, first[key]) for key, value in head.items())
+    assert not any("noise_head" in key for key in tensors(folder / "best.pt"))
+    start("forces", "denoising_weight=0.5", out="out/none")
+    assert "loss_noise" not in read_log("out/none")[0]
+
+
+def test_learning_rate_of_cosine_warmup_is_torchs():
+    config = config_of(lr=1e-3, lr_min=1e-5, lr_warmup_steps=4, lr_cosine_length=10)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, T_mult=2, eta_min=1e-5)
+    for step in range(75):
+        if step >= 4:
+            assert learning_rate(step, config) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        theirs.step()
+    assert [learning_rate(step, config) for step in range(4)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    cosine = replace(config, lr_schedule="cosine")
+    assert learning_rate(10, cosine) == learning_rate(40, cosine) == pytest.approx(1e-5)
+
+
+# ---------------------------------------------------------------- labels and splits
+
+
+def labels_of(config, path=QM9, train=None):
+    molecules = Molecules(path)
+    return Labels(config, molecules, split_data(config, molecules)[0] if train is None else train, 100)
+
+
+def standardisation(labels):
+    return [*labels.references, labels.mean, labels.std]
+
+
+@pytest.mark.parametrize("target", ["U0", "gap", "mu", "energy_forces"])
+def test_standardisation_is_the_training_molecules_alone(tmp_path, target):
+    source = ETHANOL if target == "energy_forces" else QM9
+    config = config_of(target=target, data=str(source))
+    column = "energy" if target == "energy_forces" else f"y/{target}"
+    train, val, tests = split_data(config, Molecules(source))
+
+    def shift(index):
+        def change(values):
+            values[index] += 10 * np.random.default_rng(0).random(len(index))
+            return values
+
+        return change
+
+    before = standardisation(labels_of(config, source))
+    rest = np.setdiff1d(np.arange(len(Molecules(source))), train)
+    others = changed_copy(tmp_path / "others.h5", column, shift(rest), source)
+    assert {*val, *tests["test"]} <= set(rest) and standardisation(labels_of(config, others)) == before
+    mine = changed_copy(tmp_path / "mine.h5", column, shift(train), source)
+    assert standardisation(labels_of(config, mine)) != before
+
+
+def test_references_are_least_squares_and_labels_come_back(tmp_path):
+    config, molecules = config_of(target="U0", train_size=1500), Molecules(QM9)
+    train = split_data(config, molecules)[0]
+    labels = labels_of(config)
+    counts = np.stack([np.bincount(molecules.read([k])["z"], minlength=100) for k in train[:1500]])
+    fitted = np.linalg.lstsq(counts.astype(float), molecules.label("U0")[train], rcond=None)[0]
+    assert labels.references == pytest.approx(fitted, rel=1e-6, abs=1e-6)
+    assert labels.elements == [1, 6, 7, 8, 9] and np.abs(labels.references[[0, 2, 10]]).max() < 1e-9
+    index = np.arange(300)
+    part = molecules.read(index)
+    encoder = EquivariantTransformer(config.model)
+    model = PropertyModel(encoder, "scalar", "sum", labels.references, labels.mean, labels.std)
+    y = labels.standardised(part, index)
+    assert y.dtype == torch.float32 and y.abs().max() < 20
+    restored = model.restore(y, part["z"], part["batch"]).numpy()
+    np.testing.assert_allclose(restored, molecules.label("U0")[:300], rtol=1e-9)
+    mine = labels.standardised(molecules.read(train), train).double()
+    assert abs(mine.mean()) < 1e-5 and mine.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_references_of_qm9_and_none():
+    config, molecules = config_of(target="U0", references="qm9"), Molecules(QM9)
+    labels, train = labels_of(config), split_data(config, molecules)[0]
+    assert labels.references[6] == -1029.86312267 and labels.references[1] == -13.61312172
+    assert -150 < labels.mean < -30  # what it takes to break a molecule into atoms, eV
+    plain = labels_of(replace(config, references="none"))
+    assert not plain.references.any() and plain.mean == molecules.label("U0")[train].mean()
+    assert not labels_of(config_of(target="gap")).references.any()
+
+
+def with_splits(path):
+    """A copy of the demo with splits a (1,000), b (600), c (400) and `all`."""
+    shutil.copy(QM9, path)
+    with h5py.File(path, "r+") as file:
+        order = np.random.default_rng(0).permutation(2000)
+        for name, index in {"a": order[:1000], "b": order[1000:1600], "c": order[1600:], "all": order}.items():
+            file[f"split/{name}"] = np.sort(index)
+    return Molecules(path), order
+
+
+def test_split_data(tmp_path):
+    molecules, order = with_splits(tmp_path / "splits.h5")
+    a, b, c = set(order[:1000]), set(order[1000:1600]), set(order[1600:])
+    config = config_of()
+    train, val, tests = split_data(config, molecules)
+    assert (len(train), len(val), [*tests], len(tests["test"])) == (100, 30, ["test"], 30)
+    assert len({*train, *val, *tests["test"]}) == 160
+    other = split_data(replace(config, seed=7), molecules)
+    assert np.array_equal(train, other[0]) and np.array_equal(val, other[1])
+    assert len(split_data(replace(config, test_size=0), molecules)[2]["test"]) == 1870
+
+    named = config_of(train_split="a", val_split="b", test_split="c", train_size=0, val_size=0, test_size=0)
+    train, val, tests = split_data(named, molecules)
+    assert (set(train), set(val), set(tests["c"])) == (a, b, c)
+    train, val, tests = split_data(replace(named, train_size=9, val_size=8, test_size=7), molecules)
+    assert (len(train), len(val), len(tests["c"])) == (9, 8, 7)
+    assert set(train) < a and set(val) < b and set(tests["c"]) < c
+    train, val, tests = split_data(replace(named, val_split="", val_size=50, test_split="b,c"), molecules)
+    assert {*train, *val} == a and len(val) == 50 and not {*train} & {*val}
+    assert [*tests] == ["b", "c"] and set(tests["b"]) == b and set(tests["c"]) == c
+    train, val, tests = split_data(replace(named, test_split="", val_split="a", val_size=100, test_size=50), molecules)
+    assert {*train, *val, *tests["test"]} == a and (len(train), len(val)) == (850, 100)
+
+
+def test_a_test_split_named_val_is_not_taken_for_the_validation_set(tmp_path):
+    path = tmp_path / "splits.h5"
+    molecules, order = with_splits(path)
+    with h5py.File(path, "r+") as file:
+        file["split/val"] = file["split/b"][...]
+    molecules = Molecules(path)
+    config = config_of(train_split="a", test_split="val", test_size=0, train_size=0, val_size=30)
+    train, val, tests = split_data(config, molecules)
+    assert not {"train", "val"} & tests.keys() and {*train, *val} == set(order[:1000])
+    assert [set(index) for index in tests.values()] == [set(order[1000:1600])]
+
+
+BAD_SPLITS = [
+    ({"train_size": 0, "val_size": 0}, "train_size and val_size are 0"),
+    ({"train_size": 0, "test_size": 0}, "train_size and test_size are 0"),
+    ({"val_size": 1900}, "2000 molecules for these"),
+    ({"train_size": 0, "val_size": 1000, "test_size": 1000}, "2000 molecules for these"),
+    ({"train_split": "a", "val_split": "b", "val_size": 601}, "b has 600 molecules"),
+    ({"train_split": "all", "val_split": "b", "train_size": 1970}, "share molecules"),
+    ({"train_split": "a", "test_split": "all", "train_size": 0}, "share molecules"),
+    ({"train_split": "a", "test_split": "d"}, "no such split"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_SPLITS)
+def test_a_split_that_cannot_be(tmp_path, settings, message):
+    molecules, _ = with_splits(tmp_path / "splits.h5")
+    with pytest.raises(InputError) as error:
+        split_data(config_of(**settings), molecules)
+    assert message in str(error.value) and "\n" not in str(error.value) and error.value.code == 2
+
+
+# ---------------------------------------------------------------- where the encoder comes from
+
+
+@pytest.fixture
+def encoders(tiny):
+    """The same weights in the files that a user may have, and what they hold."""
+    settings = {"data": str(QM9), "val_size": 30, "batch_size": 8, "max_steps": 1, "model": MODEL}
+    Path("first.yaml").write_text(yaml.safe_dump(settings))
+    pretrain.main(["first.yaml"])
+    weights = load_encoder("out/first/encoder.pt").state_dict()
+    theirs = {f"representation_model.{key}": value for key, value in weights.items()}
+    theirs |= {"representation_model.distance.loop_proxy": torch.zeros(1), "noise_model.a": torch.zeros(2)}
+    torch.save(theirs, "theirs.pt")
+    torch.save({"state_dict": {f"model.{key}": value for key, value in theirs.items()}}, "lightning.pt")
+    return ["out/first/encoder.pt", "out/first/last.pt", "theirs.pt", "lightning.pt"], weights
+
+
+def test_init_from_takes_the_encoder_and_the_head_is_the_seeds(encoders):
+    paths, weights = encoders
+    settings = ["lr=0", "lr_min=0", "max_steps=1"]
+    heads = [tensors(start("gap", *settings, out="out/scratch") / "last.pt")]
+    assert not torch.equal(heads[0]["/state_dict/model.encoder.embedding.weight"], weights["embedding.weight"])
+    for k, path in enumerate(paths):
+        heads.append(tensors(start("gap", *settings, f"init_from={path}", out=f"out/{k}") / "last.pt"))
+        for key, value in weights.items():
+            assert torch.equal(heads[-1][f"/state_dict/model.encoder.{key}"], value), (path, key)
+    fresh = [key for key in heads[0] if key.startswith("/state_dict/model.head")]
+    assert len(fresh) > 5 and all(torch.equal(head[key], heads[0][key]) for head in heads for key in fresh)
+    start("gap", "seed=2", *settings, out="out/seed")
+    assert not all(torch.equal(tensors("out/seed/last.pt")[key], heads[0][key]) for key in fresh)
+    metrics = json.loads(Path("out/0/metrics.json").read_text())
+    assert metrics["init_sha256"] and metrics["init_from"] == paths[0]
+    # our own files bring their architecture along, and a best.pt or last.pt of this stage will do
+    start("gap", "model.num_layers=1", *settings, "init_from=out/0/best.pt", out="out/again")
+    start("gap", *settings, "init_from=out/0/last.pt", out="out/again2")
+    assert same_bits("out/again/best.pt", "out/0/best.pt") and same_bits("out/again2/best.pt", "out/0/best.pt")
+
+
+def test_weights_that_cannot_be_loaded_are_one_line(encoders):
+    fails(["gap.yaml", "init_from=theirs.pt", "model.num_layers=3"], "not of this encoder")
+    fails(["gap.yaml", "init_from=theirs.pt", "model.embedding_dimension=32"], "not of this encoder")
+    fails(["gap.yaml", "init_from=nowhere.pt"], "nowhere.pt")
+    Path("cut.pt").write_bytes(Path("theirs.pt").read_bytes()[:-1000])
+    Path("text.pt").write_text("weights")
+    torch.save({"state_dict": {}, "hyper_parameters": Path("/")}, "pickle.pt")  # a class: pickle would run its code
+    torch.save([1, 2], "list.pt")
+    torch.save({"schema": "georecon/2", "state_dict": {}}, "schema.pt")
+    torch.save({"a": 1}, "other.pt")
+    for name in ("cut", "text", "pickle", "list", "schema", "other"):
+        fails(["gap.yaml", f"init_from={name}.pt"], f"{name}.pt")
+    assert not Path("out/gap").exists()
+
+
+# ---------------------------------------------------------------- heads of mu and r2, the probe
+
+
+@pytest.mark.parametrize("target, head", [("mu", "dipole"), ("r2", "extent")])
+def test_mu_and_r2_have_heads_of_their_own(tiny, target, head):
+    model, about = load_property_model(start("gap", f"target={target}") / "best.pt")
+    model = model.double()
+    assert about["head"] == head and model.mean == 0 and not model.references.any() and model.std > 0
+    part = Molecules(QM9).read([3, 900])
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    pos = part["pos"].double()
+    y = model(part["z"], pos, part["batch"], 2)[0]
+    turned = model(part["z"], pos @ turn.T + 2, part["batch"], 2)[0]
+    assert y.abs().min() > 1e-6
+    torch.testing.assert_close(y, turned, rtol=1e-9, atol=1e-12)
+    plain = load_property_model(start("gap", f"target={target}", "head=scalar", out="out/plain") / "best.pt")
+    assert plain[1]["head"] == "scalar"
+
+
+def test_the_probe_trains_one_linear_layer(tiny, monkeypatch):
+    seen, make = [], finetune.make_encoder
+
+    def keep(config):
+        encoder, line = make(config)
+        seen.append((encoder, {key: value.clone() for key, value in encoder.state_dict().items()}))
+        return encoder, line
+
+    monkeypatch.setattr(finetune, "make_encoder", keep)
+    settings = ["freeze_encoder=true", "train_size=1000", "max_steps=300", "lr=3e-3", "lr_cosine_length=300"]
+    folder = start("gap", *settings, "val_every=100", "batch_size=64", "test_size=200", "val_size=200")
+    (encoder, before), *_ = seen
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for found in (metrics["val"], metrics["test"]["test"]):
+        assert set(found) == {"gap_mae", "gap_mae_ridge", "gap_mae_constant"}
+        assert found["gap_mae_ridge"] < 0.9 * found["gap_mae_constant"] and found["gap_mae"] < found["gap_mae_constant"]
+    train, _, tests = split_data(load_config(FinetuneConfig, [f"{folder}/config.yaml"], ""), Molecules(QM9))
+    y = Molecules(QM9).label("gap")
+    constant = 1000 * np.abs(y[tests["test"]] - np.median(y[train])).mean()
+    assert metrics["test"]["test"]["gap_mae_constant"] == pytest.approx(constant, rel=1e-3)
+    assert len(read_log(folder, "val")) == 4
+
+
+def test_ridge_is_least_squares_where_that_is_best():
+    random = torch.Generator().manual_seed(0)
+    x, w = torch.randn(50, 6, generator=random).double(), torch.randn(6, generator=random).double()
+    y = x @ w
+    expected = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0]
+    assert finetune.ridge(x, y, x, y).numpy() == pytest.approx(expected, abs=1e-6)
+    noise = torch.randn(50, generator=random).double()  # nothing to learn: the largest penalty is best
+    small = finetune.ridge(x, noise, x, torch.zeros(50, dtype=torch.float64))
+    assert small.norm() < np.linalg.norm(np.linalg.lstsq(x.numpy(), noise.numpy(), rcond=None)[0])
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+RESUMED = [
+    ("gap", []),
+    ("forces", ["ema_decay=0.9", "lr_schedule=plateau", "lr_patience=0", "lr_factor=0.5", "lr=1e-1", "clip_norm=1"]),
+    ("gap", ["target=mu", "lr_schedule=cosine", "ema_decay=0.5", "accumulate=2", "keep_steps=7"]),
+]
+
+
+@pytest.mark.parametrize("name, settings", RESUMED)
+def test_resumed_is_bitwise_the_same(tiny, name, settings):
+    whole = start(name, *settings, "max_steps=20", out="out/whole")
+    parts = start(name, *settings, "max_steps=10", out="out/parts")
+    start(name, *settings, "max_steps=20", "resume=true", out="out/parts")
+    assert same_bits(whole / "last.pt", parts / "last.pt") and same_bits(whole / "best.pt", parts / "best.pt")
+    for split in ("train", "val"):
+        a, b = read_log(whole, split), read_log(parts, split)
+        for record in a + b:
+            record.pop("molecules_per_s", None)
+        assert a == b
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, parts))
+    assert (a["test"], a["val"], a["best_step"]) == (b["test"], b["val"], b["best_step"])
+    rates = [record["lr"] for record in read_log(whole)]
+    assert "lr_schedule=plateau" not in settings or rates[-1] < rates[2]
+    fails([f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20", "resume=true"], "is finished, at step 20")
+    fails([f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20"], "already holds a run")
+
+
+def test_a_run_stopped_between_two_files_goes_on(tiny, monkeypatch):
+    """best.pt of step 5 is written, the run stops before last.pt of step 7."""
+    whole = start("gap", "max_steps=9", out="out/whole")
+    step, calls = finetune.train_step, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(finetune, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start("gap", "max_steps=9")
+    monkeypatch.setattr(finetune, "train_step", step)
+    start("gap", "max_steps=9", "resume=true")
+    assert same_bits(whole / "last.pt", "out/gap/last.pt") and same_bits(whole / "best.pt", "out/gap/best.pt")
+    fails(["gap.yaml", "max_steps=12", "resume=true", "loss=l1"], "its loss is mse, now l1")
+    fails(["gap.yaml", "max_steps=12", "resume=true", "train_size=50"], "its train_size is 100, now 50")
+
+
+def test_ema_averages_the_weights(tiny):
+    folder = start("gap", "ema_decay=0.5", "max_steps=2", "val_every=2")
+    first = tensors(start("gap", "max_steps=1", out="out/one") / "last.pt")
+    last, key = tensors(folder / "last.pt"), "encoder.embedding.weight"
+    one, two = first[f"/state_dict/model.{key}"], last[f"/state_dict/model.{key}"]
+    torch.testing.assert_close(last[f"/average/module.{key}"], (one + two) / 2, rtol=1e-5, atol=1e-8)
+
+
+RANKS = [
+    ("forces", ["position_noise_scale=0.05"]),
+    pytest.param("gap", ["target=r2"], marks=pytest.mark.slow),  # its head leaves the vectors without a gradient
+]
+
+
+@pytest.mark.parametrize("name, settings", RANKS)
+def test_two_ranks_equal_one(tiny, name, settings):
+    start(name, *settings, out="out/one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "finetune.py"), f"{name}.yaml", *settings, "out_dir=out/two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for split in ("train", "val"):
+        for a, b in zip(read_log("out/one", split), read_log("out/two", split), strict=True):
+            for key in a.keys() - {"split", "step", "molecules_per_s"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-4), (split, a["step"], key)
+    a, b = (json.loads(Path(f"out/{run}/metrics.json").read_text()) for run in ("one", "two"))
+    for key, value in a["test"]["test"].items():
+        assert b["test"]["test"][key] == pytest.approx(value, rel=1e-4)
+
+
+# ---------------------------------------------------------------- predict
+
+
+def test_predict(trained, tiny):
+    pytest.importorskip("ase")
+    import ase
+    import ase.io
+
+    model, _ = load_property_model(trained / "best.pt")
+    z, pos = ethanol(7)
+    ase.io.write("in.xyz", [ase.Atoms(z.numpy(), pos.numpy() + k) for k in range(2)], format="extxyz")
+    finetune.main(["predict", str(trained / "best.pt"), "in.xyz", "out.xyz"])
+    first, second = ase.io.read("out.xyz", ":")
+    batch = torch.zeros_like(z)
+    y, forces = model(z, pos.float(), batch, 1, forces=True)
+    energy = model.restore(y, z, batch).item()
+    assert first.get_potential_energy() == pytest.approx(energy, abs=1e-4)
+    assert second.get_potential_energy() == pytest.approx(energy, abs=1e-4)
+    assert first.get_forces() == pytest.approx((forces.double() * model.std).numpy(), abs=1e-5)
+
+    content = torch.load(trained / "best.pt", weights_only=True)
+    content["property"]["unit"] = "kcal/mol"
+    torch.save(content, "kcal.pt")
+    finetune.main(["predict", "kcal.pt", "in.xyz", "kcal.xyz"])
+    kcal = ase.io.read("kcal.xyz", 0)
+    assert kcal.get_potential_energy() == pytest.approx(energy * ase.units.kcal / ase.units.mol, abs=1e-4)
+    assert kcal.get_forces() == pytest.approx(first.get_forces() * ase.units.kcal / ase.units.mol, abs=1e-6)
+    content["property"]["unit"] = "hartree"
+    torch.save(content, "hartree.pt")
+
+    ase.io.write("fluorine.xyz", ase.Atoms("HF", [[0, 0, 0], [0, 0, 0.9]]), format="extxyz")
+    Path("junk.xyz").write_text("not an xyz\nat all\n")
+    Path("empty.xyz").write_text("")
+    best, before = trained / "best.pt", Path("out.xyz").read_bytes()
+    fails(["predict", best, "in.xyz", "out.xyz"], "out.xyz exists")
+    fails(["predict", best, "fluorine.xyz", "new.xyz"], "element 9")
+    fails(["predict", best, "nowhere.xyz", "new.xyz"], "nowhere.xyz")
+    fails(["predict", best, "junk.xyz", "new.xyz"], "junk.xyz")
+    fails(["predict", best, "empty.xyz", "new.xyz"], "empty.xyz")
+    fails(["predict", best, "in.xyz", "nowhere/new.xyz"], "nowhere/new.xyz")
+    fails(["predict", "hartree.pt", "in.xyz", "new.xyz"], "energies in hartree")
+    fails(["predict", trained / "last.pt", "in.xyz", "new.xyz"], "no best.pt")
+    fails(["predict", "in.xyz", "in.xyz", "new.xyz"], "in.xyz")
+    fails(["predict", best, "in.xyz"], "usage", code=2)
+    assert Path("out.xyz").read_bytes() == before and not Path("new.xyz").exists()
+
+
+def test_predict_writes_a_property(tiny):
+    pytest.importorskip("ase")
+    import ase.io
+
+    best = start("gap") / "best.pt"
+    ase.io.write("in.xyz", ase.Atoms("OHH", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]]), format="extxyz")
+    finetune.main(["predict", str(best), "in.xyz", "out.xyz"])
+    info = ase.io.read("out.xyz").info
+    assert info["unit"] == "eV" and math.isfinite(info["gap"])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+BAD_SETTINGS = [
+    ("gap", "target=gab", "gab", None),
+    ("gap", "target=", "target is not set", 2),
+    ("gap", "target=energy_forces", "has no forces", 2),
+    ("gap", "data=nowhere.h5", "nowhere.h5", 1),
+    ("gap", "data=", "data is not set", 2),
+    ("gap", "val_size=5000", "val_size = 5000", 2),
+    ("gap", "batch_size=101", "batch_size", None),
+    ("gap", "accumulate=3", "batch_size", None),
+    ("gap", "ema_decay=1", "ema_decay = 1.0: must be below 1", 2),
+    ("gap", "references=qm9", "there are none for gap", 2),
+    ("gap", "head=vector", "one of auto, scalar, dipole, extent", 2),
+    ("gap", "lr_schedule=step", "one of cosine, cosine_warmup, plateau", 2),
+    ("gap", "model.max_z=6", "model.max_z", None),
+    ("gap", "model.max_num_neighbors=3", "max_num_neighbors", None),
+    ("gap", "init_form=a.pt", "did you mean init_from", 2),
+    ("gap", "lr=1e30", "the loss is", None),
+    ("gap", "train_size=1", "is the same for all 1 training molecules", None),
+    ("forces", "target=gap", "gap", None),
+    ("forces", "train_split=train", "no such split", 2),
+]
+
+
+@pytest.mark.parametrize("name, setting, message, code", BAD_SETTINGS, ids=[bad[1] for bad in BAD_SETTINGS])
+def test_a_bad_setting_is_one_line(tiny, name, setting, message, code):
+    fails([f"{name}.yaml", setting], message, code)
+    assert not Path(f"out/{name}/last.pt").exists()
+
+
+def test_config_yaml_of_a_run_starts_the_same_run(tiny):
+    Path("gap.yaml").write_text(yaml.safe_dump({**GAP, "paper": {"georecon_test_gap_mae": 31.4}}))
+    folder = start("gap")
+    config = load_config(FinetuneConfig, [str(folder / "config.yaml")], "")
+    assert config == load_config(FinetuneConfig, ["gap.yaml"], "")
+    finetune.main([str(folder / "config.yaml"), "out_dir=out/again"])
+    assert same_bits(folder / "best.pt", "out/again/best.pt")
