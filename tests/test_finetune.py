@@ -687,7 +687,7 @@ BAD_SETTINGS = [
     ("gap", "model.max_num_neighbors=3", "max_num_neighbors", None),
     ("gap", "init_form=a.pt", "did you mean init_from", 2),
     ("gap", "lr=1e30", "the loss is", None),
-    ("gap", "train_size=1", "is the same for all 1 training molecules", None),
+    ("gap", "train_size=1", "batch_size 8 is more than the 1 molecules", None),
     ("forces", "target=gap", "gap", None),
     ("forces", "train_split=train", "no such split", 2),
 ]
@@ -706,3 +706,28 @@ def test_config_yaml_of_a_run_starts_the_same_run(tiny):
     assert config == load_config(FinetuneConfig, ["gap.yaml"], "")
     finetune.main([str(folder / "config.yaml"), "out_dir=out/again"])
     assert same_bits(folder / "best.pt", "out/again/best.pt")
+
+
+ROWS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "target" in pretrain.read_yaml(path)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in ROWS if path.stem != "md17"], ids=lambda path: path.stem)
+def test_every_row_runs_some_steps_at_full_size_on_a_file_of_its_layout(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forces = load_config(FinetuneConfig, [str(path)], "").target == "energy_forces"
+    settings = [
+        "train_split=",
+        "val_split=",
+        "test_split=",
+        "train_size=40",
+        "val_size=6",
+        "test_size=6",
+        "num_workers=0",
+    ]
+    settings += [f"data={ETHANOL if forces else QM9}", "max_steps=3", "batch_size=4", "log_every=1"]
+    finetune.main([str(path), *settings])
+    metrics = json.loads((tmp_path / "out" / path.stem / "metrics.json").read_text())
+    assert all(math.isfinite(value) for value in metrics["test"]["test"].values())
+    for name in metrics["paper"]:  # each of the paper's figures stands beside one of ours
+        assert any(name.endswith(f"_{error}") for error in metrics["test"]["test"]), name
