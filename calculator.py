@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError, check_file, cli, need
+from data import InputError, check_file, cli, need, read_xyz, readable
 from finetune import IN_EV, load_property_model
 from model import radius_graph
 from pretrain import keep_freed_memory, write_atomically
@@ -93,12 +93,18 @@ def main(arguments):
             settings[key] = settings[key] * 0 + float(value)
         except (KeyError, ValueError):
             raise InputError(f"argument {option!r}: ps=2 or temperature=300", code=2) from None
+    if not (0.001 <= settings["ps"] <= 1e6 and 0 <= settings["temperature"] <= 1e5):
+        raise InputError("ps must be from 0.001 to 1e6, and temperature from 0 to 1e5", code=2)
     if Path(out).suffix not in (".png", ".svg"):
         raise InputError(f"{out}: the figure must end in .png or .svg", code=2)
+    if not Path(out).parent.is_dir():
+        raise InputError(f"{Path(out).parent}: no such folder to write {Path(out).name} in: create it first")
     check_file(start, "give an xyz of the molecule")
     plt = need("matplotlib.pyplot", "drawing")
     keep_freed_memory()
-    atoms = need("ase.io", "reading xyz").read(start, index=0)
+    with readable(Path(start)):
+        first = next(read_xyz(Path(start)))
+    atoms = need("ase", "dynamics").Atoms(first["z"], first["pos"])
     atoms.calc = GeoReconCalculator(checkpoint)
     began = time.perf_counter()
     times, energies, temperatures = constant_energy(atoms, **settings)

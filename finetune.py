@@ -14,7 +14,8 @@ the encoder starts from scratch. A run writes to out_dir (default out/<name of t
     best.pt         the model at its best validation: finetune.load_property_model("out/demo_gap/best.pt")
     metrics.json    errors on validation and test with their units, beside the paper's, and what made them
 
-The test molecules are read once, at the end, by best.pt. Labels are standardised with the training molecules alone:
+A linear probe (freeze_encoder) leaves no last.pt and best.pt. The test molecules are judged once, at the end, by
+best.pt. Labels are standardised with the training molecules alone:
 y' = (y - sum_i ref(z_i) - mean) / std in float64, and only y' becomes float32.
 """
 
@@ -36,7 +37,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from data import InputError, StepBatches, check_file, cli, need, read_xyz, readable, sha256, split_indices
+from data import InputError, StepBatches, check_file, cli, flaw, need, read_xyz, readable, sha256, split_indices
 from model import (
     ElectronicSpatialExtent,
     EquivariantDipoleMoment,
@@ -221,10 +222,16 @@ def composition(molecules, index, max_z):
     return counts
 
 
+def elements(molecules, index):
+    """Set of the atomic numbers in the molecules of index."""
+    parts = (index[start : start + 10_000] for start in range(0, len(index), 10_000))
+    return set().union(*(np.unique(molecules.read(part)["z"]).tolist() for part in parts))
+
+
 class Labels:
     """A label in the file's unit, and y' = (y - references - mean) / std; the three from the training molecules."""
 
-    def __init__(self, config, molecules, train, max_z):
+    def __init__(self, config, molecules, train, max_z, others):
         self.target = TARGETS.get(config.target, Target())
         self.name = "energy" if config.target == "energy_forces" else config.target
         if not self.name:
@@ -243,11 +250,18 @@ class Labels:
         counts = composition(molecules, train, max_z)
         self.elements = np.flatnonzero(counts.sum(0)).tolist()
         self.references = self.fit(config, counts, self.raw[train])  # (max_z,)
+        self.remark = ""
+        if self.references.any() and np.linalg.matrix_rank(counts) < len(self.elements):
+            self.remark = "; too few compositions to tell the elements apart: valid for the trained compositions alone"
         rest = self.raw[train] - counts @ self.references
         self.mean = rest.mean() if self.target.centre else 0.0
         self.std = rest.std() if self.target.centre else np.abs(rest).mean()
         if self.forces:  # energies may be nearly equal; forces say what an error is worth
             self.std = max(self.std, 1e-3 * self.force_rms(molecules, train))
+        missing = {name for name, index in others.items() if elements(molecules, index) - set(self.elements)}
+        if missing:
+            where = " and ".join(sorted(missing))
+            raise InputError(f"{molecules.path}: {where} hold an element that no training molecule does: draw more")
         if not self.std > 1e-12 * max(1.0, abs(self.mean)):
             raise InputError(f"{molecules.path}: {self.name} is the same for all {len(train)} training molecules")
 
@@ -345,15 +359,15 @@ class Finetuning(nn.Module):
         return {"loss": total, **losses}
 
 
-def read_weights(path):
+def read_weights(path, remedy):
     """A torch file as a dict; plain tensors and values only, so that it cannot run code."""
-    check_file(path, "init_from names an encoder.pt of pretrain.py, or a state dict")
+    check_file(path, remedy)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
-        reason = f"{type(error).__name__} {error}".partition("\n")[0]
-        hint = "of a Lightning file, export the state dict first: README, Fine-tuning"
-        raise InputError(f"{path} cannot be read as plain tensors ({reason}); {hint}") from None
+        reason = "is no torch file, cut off, or holds pickled classes, which could run code"
+        hint = "a Lightning file's tensors are exported as the README says under Fine-tuning"
+        raise InputError(f"{path} {reason} ({type(error).__name__}); {hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not weights by name")
     return content
@@ -364,7 +378,7 @@ def make_encoder(config):
     if not config.init_from:
         encoder = EquivariantTransformer(config.model)
         return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
-    content = read_weights(config.init_from)
+    content = read_weights(config.init_from, "init_from names an encoder.pt of pretrain.py, or a state dict")
     state_dict = content.get("state_dict", content)
     model = config.model
     try:
@@ -381,7 +395,8 @@ def make_encoder(config):
         encoder = EquivariantTransformer(model)
         load_representation(encoder, state_dict)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"init_from = {config.init_from}: {str(error)[:400]}") from None
+        lacks = "it lacks the key " if isinstance(error, KeyError) else ""
+        raise InputError(f"init_from = {config.init_from}: {lacks}{str(error)[:400]}") from None
     loaded = len(encoder.state_dict())
     rest = len(content.get("state_dict", content)) - loaded
     return encoder, f"encoder: {loaded} tensors of {config.init_from}, {rest} others in it not used; fresh: the head"
@@ -389,7 +404,7 @@ def make_encoder(config):
 
 def load_property_model(path):
     """-> the PropertyModel of a best.pt, in evaluation mode on the CPU, and what the file says of it (a dict)."""
-    content = read_weights(path)
+    content = read_weights(path, "name the best.pt of a run of finetune.py; a linear probe leaves none")
     if content.get("schema") != "georecon/1" or "property" not in content:
         raise InputError(f"{path} is no best.pt of finetune.py")
     about = content["property"]
@@ -460,7 +475,10 @@ def pooled_features(encoder, molecules, index, config, device):
     for part in np.array_split(index, math.ceil(len(index) / config.inference_batch_size)):
         arrays = molecules.read(part)
         z, pos, batch = (arrays[name].to(device) for name in ("z", "pos", "batch"))
-        x = scatter_sum(encoder(z, pos, batch)[0].double(), batch, len(part))
+        try:
+            x = scatter_sum(encoder(z, pos, batch)[0].double(), batch, len(part))
+        except ValueError as error:  # more neighbours than model.max_num_neighbors
+            raise InputError(str(error)) from None
         if config.pooling == "mean":
             x = x / torch.bincount(batch, minlength=len(part)).unsqueeze(1)
         features.append(x.cpu())
@@ -514,13 +532,14 @@ def probe(config, encoder, molecules, parts, labels, device, log):
         optimizer.step()
         optimizer.zero_grad()
         log.bar.update()
-    closed = ridge(features["train"], y["train"], features["val"], y["val"])
+    centre = y["train"].mean()  # not 0 for a label that is only scaled
+    closed = ridge(features["train"], y["train"] - centre, features["val"], y["val"] - centre)
     nothing = torch.zeros_like(closed)
     median = y["train"].median()
     return best[2], {
         name: {
             key: mae(name, *best[1]),
-            f"{key}_ridge": mae(name, closed, 0),
+            f"{key}_ridge": mae(name, closed, centre),
             f"{key}_constant": mae(name, nothing, median),
         }
         for name in parts
@@ -556,7 +575,7 @@ def describe(config, parts, tests, labels, encoder_line, model, device, world):
     """The lines that say what is about to be trained, on what, from where."""
     sizes = ", ".join(f"{len(index):,} {name}" for name, index in (parts | tests).items())
     yield f"{config.target} on {config.data}: {sizes}"
-    yield f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit} after atom references"
+    yield f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit} after atom references{labels.remark}"
     yield encoder_line
     yield f"{num_parameters(model):,} parameters; {config.max_steps:,} steps of {config.batch_size}; {world} x {device}"
 
@@ -602,11 +621,11 @@ def finetune(config, device, rank, world):
     forces = config.target == "energy_forces"
     source = StepBatches(molecules, train, config.batch_size, config.seed, rank, world, config.accumulate, forces)
 
-    # model: the head first, so that its weights depend on the seed alone and not on where the encoder comes from
+    # model: seeded again for the head, so that it is the same wherever the encoder comes from
     torch.manual_seed(config.seed)
     encoder, encoder_line = make_encoder(config)
     config = replace(config, model=encoder.config)
-    labels = Labels(config, molecules, train, encoder.config.max_z)
+    labels = Labels(config, molecules, train, encoder.config.max_z, {"val": val} | tests)
     torch.manual_seed(config.seed)
     head = labels.target.head if config.head == "auto" else config.head
     model = PropertyModel(encoder, head, config.reduce, labels.references, labels.mean, labels.std)
@@ -697,9 +716,6 @@ def finetune(config, device, rank, world):
     if not checkpoint:
         validate(0)
     start = state["step"]
-    source = StepBatches(
-        molecules, train, config.batch_size, config.seed, rank, world, config.accumulate, labels.forces
-    )
     loader = DataLoader(source, None, sampler=range(start, config.max_steps), num_workers=config.num_workers)
     window, window_began = [], time.perf_counter()
     for step, parts in enumerate(loader, start):
@@ -723,8 +739,8 @@ def finetune(config, device, rank, world):
             means = dict(zip(share, sum_over_ranks(torch.stack(window).mean(0)).tolist(), strict=True))
             if not math.isfinite(means["loss"]):
                 raise InputError(
-                    f"the loss is {means['loss']} between step {done - len(window)} and {done}; "
-                    f"{folder / 'last.pt'} is the last good state: lower lr, or look at the data with data.py info"
+                    f"the loss is {means['loss']} between step {done - len(window)} and {done}; {folder / 'last.pt'}, "
+                    "if there is one, is the last good state: lower lr, or look at the data with data.py info"
                 )
         if last or done % config.log_every == 0:
             speed = len(window) * config.batch_size / (time.perf_counter() - window_began)
@@ -739,10 +755,10 @@ def finetune(config, device, rank, world):
             save(done)
     barrier()  # best.pt is whole
     log.bar.close()
-    best, _ = load_property_model(folder / "best.pt")
+    best, about = load_property_model(folder / "best.pt")
     best.to(device).requires_grad_(False)
     found = {name: errors(best, molecules, t, labels, config, device, rank, world) for name, t in tests.items()}
-    finish(state["best_val"], found, state["best_step"])
+    finish(about["val"], found, about["step"])
 
 
 # ---------------------------------------------------------------- predict
@@ -760,6 +776,8 @@ def predict(checkpoint, source, out):
     check_file(source, "give an extended xyz")
     if Path(out).exists():
         raise InputError(f"{out} exists: remove it or choose another name")
+    if not Path(out).parent.is_dir():
+        raise InputError(f"{Path(out).parent}: no such folder to write {Path(out).name} in: create it first")
     forces, unit = about["target"] == "energy_forces", about["unit"]
     if forces and unit not in IN_EV:
         raise InputError(f"{checkpoint}: energies in {unit}; known are {', '.join(IN_EV)}")
@@ -769,7 +787,9 @@ def predict(checkpoint, source, out):
     for mol in read:
         if "skip" in mol:
             raise InputError(f"{source}: molecule {mol['id']} is {mol['skip']}")
-        z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"]).float()
+        if cause := flaw(mol["z"], mol["pos"].astype(np.float32), {}):
+            raise InputError(f"{source}: molecule {mol['id']} has {cause}")
+        z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"] - mol["pos"].mean(0)).float()
         if strange := set(z.tolist()) - set(about["elements"]):
             raise InputError(f"{source}: molecule {mol['id']} holds element {min(strange)}, unknown to {checkpoint}")
         batch = torch.zeros_like(z)

@@ -312,7 +312,7 @@ def open_run_folder(config):
         raise InputError(f"{folder} already holds a run: go on with resume=true, or choose another out_dir=")
     if not (folder / "last.pt").exists():
         if (folder / "metrics.json").exists():
-            raise InputError(f"cannot resume {folder}: its last.pt is gone; choose another out_dir=")
+            raise InputError(f"{folder} is finished, and holds no last.pt to go on from; choose another out_dir=")
         return None  # it was stopped before its first checkpoint
     checkpoint = load_checkpoint(folder / "last.pt")
     step = checkpoint["step"]
@@ -335,8 +335,11 @@ def claim_run_folder(config, start):
         ) from None
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}; choose another out_dir=") from None
-    for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
-        left.unlink()
+    for left in [
+        *folder.glob(".*.tmp"),
+        folder / "metrics.json",
+    ]:  # of a kill while writing; of the run before its end moved
+        left.unlink(missing_ok=True)
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
     drop_log_after(folder / "log.jsonl", -1 if start is None else start)
 

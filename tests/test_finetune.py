@@ -296,7 +296,7 @@ def test_learning_rate_of_cosine_warmup_is_torchs():
 
 def labels_of(config, path=QM9, train=None):
     molecules = Molecules(path)
-    return Labels(config, molecules, split_data(config, molecules)[0] if train is None else train, 100)
+    return Labels(config, molecules, split_data(config, molecules)[0] if train is None else train, 100, {})
 
 
 def standardisation(labels):
@@ -517,6 +517,29 @@ def test_the_probe_trains_one_linear_layer(tiny, monkeypatch):
     assert len(read_log(folder, "val")) == 4
 
 
+def test_a_probe_of_a_label_with_a_mean_has_an_intercept(tiny):
+    settings = ["target=mu", "freeze_encoder=true", "train_size=1000", "test_size=200", "val_size=200", "max_steps=20"]
+    found = json.loads((start("gap", *settings) / "metrics.json").read_text())["test"]["test"]
+    assert found["mu_mae_ridge"] < found["mu_mae_constant"]
+
+
+def test_predict_refuses_broken_geometries(tiny, trained):
+    pytest.importorskip("ase")
+    for positions in ("0 0 nan", "0 0 0"):
+        Path("in.xyz").write_text(f"2\n\nH 0 0 0\nH {positions}\n")
+        with pytest.raises(InputError, match="molecule 0 has"):
+            finetune.main(["predict", str(trained / "best.pt"), "in.xyz", "out.xyz"])
+        assert not Path("out.xyz").exists()
+
+
+def test_an_element_that_training_did_not_see_is_refused(tiny):
+    config = load_config(FinetuneConfig, ["gap.yaml"], "")
+    molecules = Molecules(QM9)
+    only_h_c = np.array([m for m in range(200) if set(molecules.read([m])["z"].tolist()) <= {1, 6}])
+    with pytest.raises(InputError, match="val hold an element that no training molecule does"):
+        Labels(config, molecules, only_h_c, 100, {"val": np.arange(200)})
+
+
 def test_ridge_is_least_squares_where_that_is_best():
     random = torch.Generator().manual_seed(0)
     x, w = torch.randn(50, 6, generator=random).double(), torch.randn(6, generator=random).double()
@@ -648,7 +671,7 @@ def test_predict(trained, tiny):
     fails(["predict", best, "nowhere.xyz", "new.xyz"], "nowhere.xyz")
     fails(["predict", best, "junk.xyz", "new.xyz"], "junk.xyz")
     fails(["predict", best, "empty.xyz", "new.xyz"], "empty.xyz")
-    fails(["predict", best, "in.xyz", "nowhere/new.xyz"], "nowhere/new.xyz")
+    fails(["predict", best, "in.xyz", "nowhere/new.xyz"], "nowhere: no such folder")
     fails(["predict", "hartree.pt", "in.xyz", "new.xyz"], "energies in hartree")
     fails(["predict", trained / "last.pt", "in.xyz", "new.xyz"], "no best.pt")
     fails(["predict", "in.xyz", "in.xyz", "new.xyz"], "in.xyz")

@@ -363,7 +363,7 @@ def test_what_is_left_of_a_run_is_not_overwritten(tiny, name):
     with pytest.raises(InputError, match="already holds a run"):
         pretrain.main([str(tiny)])
     if name == "metrics.json":
-        with pytest.raises(InputError, match="its last.pt is gone"):
+        with pytest.raises(InputError, match="holds no last.pt to go on from"):
             pretrain.main([str(tiny), "resume=true"])
     assert Path("out/tiny", name).read_bytes() == before
 
