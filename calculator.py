@@ -90,8 +90,10 @@ def main(arguments):
     for option in options:
         key, _, value = option.partition("=")
         try:
-            settings[key] = settings[key] * 0 + float(value)
-        except (KeyError, ValueError):
+            if key not in settings:
+                raise ValueError
+            settings[key] = float(value)
+        except ValueError:
             raise InputError(f"argument {option!r}: ps=2 or temperature=300", code=2) from None
     if not (0.001 <= settings["ps"] <= 1e6 and 0 <= settings["temperature"] <= 1e5):
         raise InputError("ps must be from 0.001 to 1e6, and temperature from 0 to 1e5", code=2)
@@ -109,10 +111,10 @@ def main(arguments):
     began = time.perf_counter()
     times, energies, temperatures = constant_energy(atoms, **settings)
     per_atom = 1000 * (energies - energies[0]) / len(atoms)  # meV
-    drift = np.polyfit(times, per_atom, 1)[0]
+    drift, offset = np.polyfit(times, per_atom, 1)
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6, 4.5), layout="constrained")
     top.plot(times, per_atom, color="black", lw=0.7)
-    top.plot(times, np.polyval(np.polyfit(times, per_atom, 1), times), "--", color="tab:red", lw=1)
+    top.plot(times, drift * times + offset, "--", color="tab:red", lw=1)
     top.set(ylabel="total energy, meV/atom", title=f"drift {drift:.4f} meV per atom and ps")
     bottom.plot(times, temperatures, color="black", lw=0.7)
     bottom.set(xlabel="time, ps", ylabel="temperature, K")

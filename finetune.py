@@ -55,15 +55,12 @@ from pretrain import (
     barrier,
     check_same_run,
     claim_run_folder,
-    keep_freed_memory,
-    leave_process,
-    load_config,
     named_split,
     num_parameters,
     open_data,
     open_run_folder,
     provenance,
-    set_up_process,
+    run_stage,
     standard_normal,
     sum_over_ranks,
     write_atomically,
@@ -128,9 +125,7 @@ class FinetuneConfig:
     ema_alpha_dy: float = setting(1.0, low=0)
     position_noise_scale: float = setting(0.0, low=0)  # Angstrom, of a second pass whose noise is to be predicted
     denoising_weight: float = setting(0.1, low=0)
-    paper: dict = field(
-        default_factory=dict
-    )  # its figures for this row, <model>_<test set>_<error>; kept in metrics.json
+    paper: dict = field(default_factory=dict)  # {<model>_<test set>_<error>: its figure}, kept in metrics.json
     model: ModelConfig = field(default_factory=ModelConfig)  # from scratch; an encoder.pt brings its own
 
     batch_size: int = setting(128, low=1)  # molecules per step over all ranks
@@ -182,8 +177,7 @@ def split_data(config, molecules):
         size = config.val_size or len(val)
         if size > len(val):
             raise InputError(f"val_size = {size}: {config.val_split} has {len(val)} molecules", code=2)
-        parts["val"] = split_indices(len(val), [size, None])[0]
-        parts["val"] = val[parts["val"]]
+        parts["val"] = val[split_indices(len(val), [size, None])[0]]
     else:
         from_pool["val"] = config.val_size
     if not config.test_split:
@@ -290,6 +284,14 @@ class Labels:
 # ---------------------------------------------------------------- model
 
 
+def encode(encoder, z, pos, batch, edge_index=None):
+    """encoder(...), whose complaint of more neighbours than model.max_num_neighbors becomes an InputError."""
+    try:
+        return encoder(z, pos, batch, edge_index)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 class PropertyModel(nn.Module):
     """Encoder and property head; what it returns is standardised, and `restore` brings it back to the label's unit."""
 
@@ -313,10 +315,7 @@ class PropertyModel(nn.Module):
         """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""
         with torch.set_grad_enabled(forces or torch.is_grad_enabled()):
             pos = pos.detach().requires_grad_(forces)
-            try:
-                x, vec = self.encoder(z, pos, batch, edge_index)
-            except ValueError as error:  # more neighbours than model.max_num_neighbors
-                raise InputError(str(error)) from None
+            x, vec = encode(self.encoder, z, pos, batch, edge_index)
             y = self.readout(x, vec, z, pos, batch, num_molecules)
             if not forces:
                 return y, None
@@ -353,7 +352,7 @@ class Finetuning(nn.Module):
             total = losses["loss_property"]
         if noise is not None:
             # DEVIATION: a second pass. The parent's code noises the one pass and keeps the clean geometry's labels.
-            x, vec = self.model.encoder(z, pos + config.position_noise_scale * noise, batch)
+            x, vec = encode(self.model.encoder, z, pos + config.position_noise_scale * noise, batch)
             losses["loss_noise"] = mse_loss(self.noise_head(x, vec), noise) * atoms_share
             total = total + config.denoising_weight * losses["loss_noise"]
         return {"loss": total, **losses}
@@ -475,10 +474,7 @@ def pooled_features(encoder, molecules, index, config, device):
     for part in np.array_split(index, math.ceil(len(index) / config.inference_batch_size)):
         arrays = molecules.read(part)
         z, pos, batch = (arrays[name].to(device) for name in ("z", "pos", "batch"))
-        try:
-            x = scatter_sum(encoder(z, pos, batch)[0].double(), batch, len(part))
-        except ValueError as error:  # more neighbours than model.max_num_neighbors
-            raise InputError(str(error)) from None
+        x = scatter_sum(encode(encoder, z, pos, batch)[0].double(), batch, len(part))
         if config.pooling == "mean":
             x = x / torch.bincount(batch, minlength=len(part)).unsqueeze(1)
         features.append(x.cpu())
@@ -571,10 +567,9 @@ def train_step(net, parts, step, labels, config, device, world):
     return share
 
 
-def describe(config, parts, tests, labels, encoder_line, model, device, world):
+def describe(config, sizes, labels, encoder_line, model, device, world):
     """The lines that say what is about to be trained, on what, from where."""
-    sizes = ", ".join(f"{len(index):,} {name}" for name, index in (parts | tests).items())
-    yield f"{config.target} on {config.data}: {sizes}"
+    yield f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}"
     yield f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit} after atom references{labels.remark}"
     yield encoder_line
     yield f"{num_parameters(model):,} parameters; {config.max_steps:,} steps of {config.batch_size}; {world} x {device}"
@@ -657,10 +652,11 @@ def finetune(config, device, rank, world):
     if rank == 0:
         claim_run_folder(config, state["step"] if checkpoint else None)
     log = Log(folder / "log.jsonl", state["step"], config.max_steps, active=rank == 0)
-    for line in describe(config, {"train": train, "val": val}, tests, labels, encoder_line, module, device, world):
+    parts = {"train": train, "val": val, **tests}
+    sizes = {name: len(index) for name, index in parts.items()}
+    for line in describe(config, sizes, labels, encoder_line, module, device, world):
         log.say(line)
     began = time.perf_counter() - state["wall_s"]
-    sizes = {"train": len(train), "val": len(val)} | {name: len(index) for name, index in tests.items()}
 
     def finish(val_errors, test_errors, best_step):
         if rank == 0:
@@ -675,27 +671,24 @@ def finetune(config, device, rank, world):
             log.say(f"{wall_s:.0f} s; the run is in {folder}")
 
     if config.freeze_encoder:
-        parts = {"train": train, "val": val, **tests}
         best_step, found = probe(config, model.encoder.eval(), molecules, parts, labels, device, log)
         return finish(found.pop("val"), found, best_step)
 
-    def save(step, best=False):
-        if rank != 0:
-            return
-        if best:
-            content = {"schema": "georecon/1", "model": asdict(encoder.config), "state_dict": judged.state_dict()}
-            content["property"] = {
-                "target": config.target,
-                "name": labels.name,
-                "unit": labels.unit,
-                "head": head,
-                "reduce": config.reduce,
-                "elements": labels.elements,
-                "step": step,
-                "val": state["best_val"],
-            }
-            write_atomically(folder / "best.pt", lambda path: torch.save(content, path))
-            return
+    def save_best(step):
+        content = {"schema": "georecon/1", "model": asdict(encoder.config), "state_dict": judged.state_dict()}
+        content["property"] = {
+            "target": config.target,
+            "name": labels.name,
+            "unit": labels.unit,
+            "head": head,
+            "reduce": config.reduce,
+            "elements": labels.elements,
+            "step": step,
+            "val": state["best_val"],
+        }
+        write_atomically(folder / "best.pt", lambda path: torch.save(content, path))
+
+    def save(step):
         content = {"schema": "georecon/1", "config": asdict(config), "data_sha256": data_sha256, **state}
         content |= {"step": step, "wall_s": time.perf_counter() - began, "state_dict": module.state_dict()}
         content |= {"optimizer": optimizer.state_dict(), "plateau": plateau.state_dict()}
@@ -710,7 +703,8 @@ def finetune(config, device, rank, world):
         state["first_val"], state["last_val"] = state["first_val"] or found, found
         if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
             state["best_val"], state["best_step"] = found, step
-            save(step, best=True)
+            if rank == 0:
+                save_best(step)
         return found
 
     if not checkpoint:
@@ -751,12 +745,12 @@ def finetune(config, device, rank, world):
             if config.lr_schedule == "plateau" and done > config.lr_warmup_steps:
                 plateau.step(score(found, labels, config))
             window_began = time.perf_counter()
-        if saving:
+        if saving and rank == 0:
             save(done)
     barrier()  # best.pt is whole
     log.bar.close()
     best, about = load_property_model(folder / "best.pt")
-    best.to(device).requires_grad_(False)
+    best.to(device)
     found = {name: errors(best, molecules, t, labels, config, device, rank, world) for name, t in tests.items()}
     finish(about["val"], found, about["step"])
 
@@ -813,11 +807,7 @@ def main(arguments):
         if len(arguments) != 4:
             raise InputError("usage: python finetune.py predict best.pt IN.xyz OUT.xyz", code=2)
         return predict(*arguments[1:])
-    config = load_config(FinetuneConfig, arguments, __doc__)
-    keep_freed_memory()
-    device, rank, world = set_up_process(config)
-    finetune(config, device, rank, world)
-    leave_process()
+    run_stage(finetune, FinetuneConfig, arguments, __doc__)
 
 
 if __name__ == "__main__":

@@ -335,11 +335,9 @@ def claim_run_folder(config, start):
         ) from None
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}; choose another out_dir=") from None
-    for left in [
-        *folder.glob(".*.tmp"),
-        folder / "metrics.json",
-    ]:  # of a kill while writing; of the run before its end moved
-        left.unlink(missing_ok=True)
+    for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
+        left.unlink()
+    (folder / "metrics.json").unlink(missing_ok=True)  # of a run that is now made longer
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
     drop_log_after(folder / "log.jsonl", -1 if start is None else start)
 
@@ -654,12 +652,17 @@ def pretrain(config, device, rank, world):
         log.say(f"{wall_s:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}")
 
 
-def main(arguments):
-    config = load_config(PretrainConfig, arguments, __doc__)
+def run_stage(stage, kind, arguments, usage):
+    """Run stage(config, device, rank, world) from its command line, whose settings are the dataclass kind."""
+    config = load_config(kind, arguments, usage)
     keep_freed_memory()
     device, rank, world = set_up_process(config)
-    pretrain(config, device, rank, world)
+    stage(config, device, rank, world)
     leave_process()
+
+
+def main(arguments):
+    run_stage(pretrain, PretrainConfig, arguments, __doc__)
 
 
 if __name__ == "__main__":

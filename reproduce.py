@@ -87,7 +87,9 @@ def finished(study, run):
 
 
 def execute(study, run):
-    """Run one run to its end, or the rest of it; its output goes to a file beside its folder."""
+    """Run one run to its end, or the rest of it, and keep its figures; its output goes to a file beside its folder."""
+    if finished(study, run):
+        return keep(study, run)
     out = folder(study, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     resume = ["resume=true"] if (out / "config.yaml").exists() else []
@@ -228,7 +230,7 @@ def main(arguments):
         jobs = int(value) if key == "jobs" else jobs
     if "draw" not in options:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda run: execute(study, run), [r for r in STUDIES[study] if not finished(study, r)]))
+            list(pool.map(lambda run: execute(study, run), STUDIES[study]))
         if missing := [run for run in STUDIES[study] if not finished(study, run)]:
             raise InputError(f"{len(missing)} of {len(STUDIES[study])} runs are not finished: {', '.join(missing)}")
     print("\n".join(table(read_results(study))))
