@@ -539,7 +539,8 @@ class GraphReconstructionDecoder(EquivariantLayers):
 
     h_i = W [x_i^rec || g_clean], then attention layers on the perturbed graph, then a gated head: -> (N, 3). Sec. 4.2.
     PAPER-SILENT: what the decoder is beyond "lightweight", concatenation and its number of layers. Ours: one linear
-    layer for the concatenation, layers of the encoder's kind, vec of the encoder as their start, a head of its own.
+    layer for the concatenation, layers of the encoder's kind, vec of the encoder as their start (None: zero), a head of
+    its own.
     """
 
     def __init__(self, config, num_layers):
@@ -565,7 +566,7 @@ class Pretraining(nn.Module):
 
     def __init__(self, encoder, config):
         super().__init__()
-        self.config = config  # keys: objective alpha w_noise w_clean w_rec decoder_layers pooling position_noise_scale
+        self.config = config  # keys: objective alpha w_* decoder_layers decoder_vec pooling position_noise_scale
         self.encoder = encoder
         self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
         if config.objective != "coord":
@@ -604,6 +605,8 @@ class Pretraining(nn.Module):
         # L_rec = 1/3N sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         x_rec, vec_rec = x[-N:] if len(variants) == 3 else x[:N], vec[-N:] if len(variants) == 3 else vec[:N]
+        if not config.decoder_vec:
+            vec_rec = None
         losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
         if shuffle:
             other = self.decoder(x_rec, vec_rec, graph_emb.roll(1, 0), pos_rec, batch)

@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import InputError, Molecules, StepBatches, cli, split_indices
-from model import EquivariantTransformer, ModelConfig, Pretraining, save_encoder, setting
+from model import EquivariantMultiHeadAttention, EquivariantTransformer, ModelConfig, Pretraining, save_encoder, setting
 
 # ---------------------------------------------------------------- settings
 
@@ -62,6 +63,7 @@ class PretrainConfig:
     w_clean: float = setting(1.0, low=0)  # PAPER-SILENT
     w_rec: float = setting(0.45, low=0)  # PAPER-SILENT for the main run; the middle of Table 7's sweep
     decoder_layers: int = setting(1, low=0)  # PAPER-SILENT: "lightweight"
+    decoder_vec: bool = True  # PAPER-SILENT: the decoder starts from vec of the encoder; false: from zero
     pooling: str = setting("mean", choices=("mean", "sum", "attention"))  # Sec. 4.2
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -76,12 +78,17 @@ class PretrainConfig:
 
     inference_batch_size: int = setting(70, low=1)
     num_workers: int = setting(0, low=0)  # loader processes per rank; 0: read in the training process
+    compile: bool = False  # attention layers by torch.compile: twice as fast on one CPU core, after a minute
     deterministic: bool = False  # bitwise repeatable on CUDA too, at some cost; the CPU always is
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)
     save_every: int = setting(1000, low=1)
-    keep_steps: tuple = setting((), low=1)  # steps at which a copy step_<n>.pt is kept
+    keep_steps: tuple = setting((), low=0)  # steps at which a copy step_<n>.pt is kept
     resume: bool = False
+
+    def __post_init__(self):
+        if not self.decoder_layers and not self.decoder_vec:
+            raise ValueError("decoder_layers = 0, decoder_vec = False: nothing is left to give the noise a direction")
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -551,6 +558,11 @@ def pretrain(config, device, rank, world):
         model = Pretraining(EquivariantTransformer(config.model), config).to(device)
     except RuntimeError as error:  # the allocator's
         raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
+    if config.compile:
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise InputError("compile = true needs a C++ compiler, g++ or clang++: install one, or set compile=false")
+        for layer in (m for m in model.modules() if isinstance(m, EquivariantMultiHeadAttention)):
+            layer.compile(dynamic=True)
     net = model
     if dist.is_initialized():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -604,6 +616,8 @@ def pretrain(config, device, rank, world):
 
     first_val = first_val or validate(0)
     last_val = last_val or first_val
+    if start == 0 and 0 in config.keep_steps:
+        save(0)
     loader = DataLoader(
         source,
         batch_size=None,

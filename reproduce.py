@@ -9,6 +9,7 @@ results/STUDY/<run>.json keeps the command, the seed, the commit, the machine, t
 """
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,33 @@ PROBE = {
     for objective in ("georecon", "coord")
 }
 
+# objective or architecture: what Coord's public code, our default and GeoRecon's likely parent do with norms
+NORMS = {
+    "public": ["model.x_norm_layer=false", "model.vec_norm_layer=none", "model.vec_norm_out=whiten"],
+    "rms": [],
+    "whiten": ["model.vec_norm_layer=whiten", "model.vec_norm_out=whiten"],
+}
+
+
+def pretrain(*more, steps=3000, kept=(0, 100, 300, 1000, 3000)):
+    length = [f"max_steps={steps}", f"lr_cosine_length={steps}", f"keep_steps={','.join(map(str, kept))}"]
+    return ["pretrain.py", "configs/qm9_small.yaml", "compile=true", *length, *more]
+
+
+CONTROL = {
+    f"{objective}_{norms}": pretrain(f"objective={objective}", *NORMS[norms])
+    for norms in NORMS
+    for objective in ("coord", "georecon", "rec_only")
+}
+# when is the graph embedding used: one factor at a time from the default, which is georecon_rms of the control
+FACTORS = {
+    **{f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (1.5, 3, 8)},
+    **{f"depth{depth}": pretrain(f"decoder_layers={depth}") for depth in (0, 2)},
+    "no_vec": pretrain("decoder_vec=false"),
+    "w_rec3": pretrain("w_rec=3"),
+    **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
+}
+
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
     "qm9_small": seeds(
@@ -74,6 +102,19 @@ STUDIES = {
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes a run on a large GPU.
     "qm9_wide": seeds((1,), {"georecon": WIDE, "coord": [*WIDE, "objective=coord"]}),
     # what the pretraining is worth, in a few minutes a run on one core
+    # how smooth is h, by objective and by norms; figures over the steps
+    "control": seeds((1,), CONTROL) | seeds((2,), CONTROL),
+    "control_long": seeds(
+        (1,),
+        {
+            "coord_public": pretrain(
+                "objective=coord", *NORMS["public"], steps=20000, kept=(0, 1000, 3000, 8000, 20000)
+            ),
+            "georecon_whiten": pretrain(*NORMS["whiten"], steps=20000, kept=(0, 1000, 3000, 8000, 20000)),
+        },
+    ),
+    "alpha": seeds((1,), {f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (1.0, 1.15, 1.2, 1.35, 1.5)}),
+    "graph_embedding": seeds((1,), FACTORS) | seeds((2,), FACTORS),
     "finetune_small": seeds((1,), ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN) | seeds((2,), ASPIRIN | GAP),
 }
 
@@ -86,16 +127,17 @@ def finished(study, run):
     return (folder(study, run) / "metrics.json").exists()
 
 
-def execute(study, run):
+def execute(study, run, threads):
     """Run one run to its end, or the rest of it, and keep its figures; its output goes to a file beside its folder."""
     if finished(study, run):
         return keep(study, run)
     out = folder(study, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     resume = ["resume=true"] if (out / "config.yaml").exists() else []
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command = [sys.executable, *STUDIES[study][run], f"out_dir=out/{study}/{run}", *resume]
     with open(out.parent / f"{run}.txt", "a") as file:
-        code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
     if code == 0:
         keep(study, run)
     print(f"{study}/{run}: {'done' if code == 0 else f'failed with exit code {code}'}, see {file.name}", flush=True)
@@ -230,7 +272,7 @@ def main(arguments):
         jobs = int(value) if key == "jobs" else jobs
     if "draw" not in options:
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda run: execute(study, run), STUDIES[study]))
+            list(pool.map(lambda run: execute(study, run, max(1, os.cpu_count() // jobs)), STUDIES[study]))
         if missing := [run for run in STUDIES[study] if not finished(study, run)]:
             raise InputError(f"{len(missing)} of {len(STUDIES[study])} runs are not finished: {', '.join(missing)}")
     print("\n".join(table(read_results(study))))

@@ -652,7 +652,9 @@ def test_autocast_runs_the_linear_layers_alone_in_bfloat16(device):
 
 
 def settings(**changes):
-    defaults = dict(objective="georecon", alpha=1.0, w_noise=1.0, w_clean=0.7, w_rec=0.45, decoder_layers=1)
+    defaults = dict(
+        objective="georecon", alpha=1.0, w_noise=1.0, w_clean=0.7, w_rec=0.45, decoder_layers=1, decoder_vec=True
+    )
     defaults |= dict(pooling="mean", position_noise_scale=0.04, model=small())
     return SimpleNamespace(**defaults | changes)
 
@@ -777,6 +779,7 @@ def test_loss_rec_trains_the_encoder_through_the_graph_embedding(detach, device)
         dict(objective="rec_only"),
         dict(alpha=1.3),
         *(dict(decoder_layers=n) for n in (0, 1, 2)),
+        dict(decoder_vec=False),
         *(dict(pooling=kind) for kind in ("mean", "sum", "attention")),
         *(dict(model=small(**norms)) for norms in (PUBLISHED, WHITEN_LAYERS, dict(vector_cutoff=True))),
         dict(model=small(num_layers=1)),
@@ -790,10 +793,11 @@ def test_every_parameter_gets_a_gradient(changes, device):
     method(z, pos, batch, noise, B)["loss"].backward()
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in method.parameters())
-    # layer 0 meets vec = 0: exactly these have a zero gradient there
+    # a first layer meets vec = 0: exactly these have a zero gradient there
     zero = {name.removeprefix("encoder.") for name, p in method.named_parameters() if not p.grad.any()}
     assert {name for name in zero if name.startswith(("attention_layers", "decoder"))} <= {
-        "attention_layers.0.vec_proj.weight"
+        "attention_layers.0.vec_proj.weight",
+        *(["decoder.attention_layers.0.vec_proj.weight"] if "decoder_vec" in changes else []),
     }
 
 
