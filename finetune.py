@@ -147,7 +147,7 @@ class FinetuneConfig:
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)
     save_every: int = setting(1000, low=1)
-    keep_steps: tuple = setting((), low=1)
+    keep_steps: tuple = setting((), low=0)
     resume: bool = False
 
     def __post_init__(self):
@@ -372,32 +372,39 @@ def read_weights(path, remedy):
     return content
 
 
+def read_encoder(path, model):
+    """-> the encoder in a checkpoint, and how many tensors there are beside it.
+
+    encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
+    """
+    content = read_weights(path, "name an encoder.pt of pretrain.py, or a state dict")
+    state_dict = content.get("state_dict", content)
+    try:
+        if "schema" in content:
+            if content["schema"] != "georecon/1":
+                raise ValueError(f"its schema is {content['schema']}, not georecon/1")
+            # vector messages may be made to vanish at the cutoff after pretraining: no weights belong to it
+            vector_cutoff = model.vector_cutoff
+            model = ModelConfig(**(content["model"] if "model" in content else content["config"]["model"]))
+            model = replace(model, vector_cutoff=model.vector_cutoff or vector_cutoff)
+            own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
+            inner = {k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)}
+            state_dict = inner or state_dict
+        encoder = EquivariantTransformer(model)
+        load_representation(encoder, state_dict)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        lacks = "it lacks the key " if isinstance(error, KeyError) else ""
+        raise InputError(f"no encoder can be made of {path}: {lacks}{str(error)[:400]}") from None
+    return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
+
+
 def make_encoder(config):
     """-> the encoder of init_from, or a fresh one, and the line that says which weights it has."""
     if not config.init_from:
         encoder = EquivariantTransformer(config.model)
         return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
-    content = read_weights(config.init_from, "init_from names an encoder.pt of pretrain.py, or a state dict")
-    state_dict = content.get("state_dict", content)
-    model = config.model
-    try:
-        if "schema" in content:  # one of ours brings its architecture along
-            if content["schema"] != "georecon/1":
-                raise ValueError(f"its schema is {content['schema']}, not georecon/1")
-            model = ModelConfig(**(content["model"] if "model" in content else content["config"]["model"]))
-            own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
-            state_dict = {
-                k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)
-            } or state_dict
-        # vector messages may be made to vanish at the cutoff after pretraining: no weights belong to it
-        model = replace(model, vector_cutoff=model.vector_cutoff or config.model.vector_cutoff)
-        encoder = EquivariantTransformer(model)
-        load_representation(encoder, state_dict)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        lacks = "it lacks the key " if isinstance(error, KeyError) else ""
-        raise InputError(f"init_from = {config.init_from}: {lacks}{str(error)[:400]}") from None
+    encoder, rest = read_encoder(config.init_from, config.model)
     loaded = len(encoder.state_dict())
-    rest = len(content.get("state_dict", content)) - loaded
     return encoder, f"encoder: {loaded} tensors of {config.init_from}, {rest} others in it not used; fresh: the head"
 
 
@@ -709,6 +716,8 @@ def finetune(config, device, rank, world):
 
     if not checkpoint:
         validate(0)
+        if rank == 0 and 0 in config.keep_steps:
+            save(0)
     start = state["step"]
     loader = DataLoader(source, None, sampler=range(start, config.max_steps), num_workers=config.num_workers)
     window, window_began = [], time.perf_counter()

@@ -127,7 +127,8 @@ def convert(value, kind, name):
     wrong = InputError(f"{name} = {value!r}: must be {'a list of int' if kind is tuple else kind.__name__}", code=2)
     try:
         if kind is tuple:
-            items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+            items = value.split(",") if isinstance(value, str) else value
+            items = items if isinstance(items, (list, tuple)) else [items]
             return tuple(convert(item, int, name) for item in items if item != "")
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
@@ -488,6 +489,20 @@ def load_data(config, rank, world):
     return molecules, batches, validation_batches(molecules, val, config.inference_batch_size)
 
 
+def make_model(config, device):
+    torch.manual_seed(config.seed)
+    try:
+        model = Pretraining(EquivariantTransformer(config.model), config).to(device)
+    except RuntimeError as error:  # the allocator's
+        raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
+    if config.compile:
+        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise InputError("compile = true needs a C++ compiler, g++ or clang++: install one, or set compile=false")
+        for layer in (m for m in model.modules() if isinstance(m, EquivariantMultiHeadAttention)):
+            layer.compile(dynamic=True)
+    return model
+
+
 def describe(config, num_train, model, device, world):
     """The lines that say what is about to be trained, on what, where."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -552,17 +567,7 @@ def pretrain(config, device, rank, world):
     molecules, source, val_batches = load_data(config, rank, world)
     data_sha256 = molecules.sha256()
 
-    # model
-    torch.manual_seed(config.seed)
-    try:
-        model = Pretraining(EquivariantTransformer(config.model), config).to(device)
-    except RuntimeError as error:  # the allocator's
-        raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
-    if config.compile:
-        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise InputError("compile = true needs a C++ compiler, g++ or clang++: install one, or set compile=false")
-        for layer in (m for m in model.modules() if isinstance(m, EquivariantMultiHeadAttention)):
-            layer.compile(dynamic=True)
+    model = make_model(config, device)
     net = model
     if dist.is_initialized():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -4,8 +4,9 @@
     python reproduce.py STUDY [jobs=N]       run what is missing, N runs at a time, then write results/STUDY/
     python reproduce.py STUDY draw           draw its figure and print its table again from results/STUDY/*.json
 
-A run lives in out/STUDY/<run>: a finished one is not run again, a stopped one goes on where it stopped. Of each run
-results/STUDY/<run>.json keeps the command, the seed, the commit, the machine, the final figures and the curves.
+A run lives in out/STUDY/<run>; a stopped one goes on where it stopped. Of a finished one results/STUDY/<run>.json keeps
+the command, the seed, the commit, the machine, the final figures and the curves: delete that file, and out/STUDY/<run>,
+to run it again.
 """
 
 import json
@@ -123,24 +124,52 @@ def folder(study, run):
     return ROOT / "out" / study / run
 
 
+def analyses(study, run):
+    """What is measured of a pretraining run once it is done: {key of its JSON: (command, file, key in the file)}."""
+    if study not in ("control", "control_long", "alpha", "graph_embedding"):
+        return {}
+    out, qm9 = f"out/{study}/{run}", ["data=data/qm9.h5", "split=test"]
+    (kept,) = (argument.partition("=")[2] for argument in STUDIES[study][run] if argument.startswith("keep_steps"))
+    smooth = ["lipschitz.py", *(f"{out}/step_{step}.pt" for step in kept.split(",")), *qm9]
+    smooth += ["num_molecules=50", "iterations=15"]
+    use = ["graph_embedding.py", f"{out}/step_0.pt", f"{out}/last.pt", *qm9]
+    probe = ["finetune.py", "configs/probe_qm9.yaml", "target=H", "train_split=val", "val_split=train", "train_size=0"]
+    probe += ["val_size=1000", f"init_from={out}/encoder.pt"]
+    noised = "position_noise_scale=0.04"
+    return {
+        "smoothness": ([*smooth, f"out_dir={out}/clean"], f"{out}/clean/lipschitz.json", "summary"),
+        "smoothness_noised": ([*smooth, noised, f"out_dir={out}/noised"], f"{out}/noised/lipschitz.json", "summary"),
+        "graph_embedding": ([*use, f"out_dir={out}/use"], f"{out}/use/graph_embedding.json", "checkpoints"),
+        "probe_H": ([*probe, f"out_dir={out}/probe"], f"{out}/probe/metrics.json", "test"),
+    }
+
+
 def finished(study, run):
-    return (folder(study, run) / "metrics.json").exists()
+    return (ROOT / "results" / study / f"{run}.json").exists()
 
 
 def execute(study, run, threads):
-    """Run one run to its end, or the rest of it, and keep its figures; its output goes to a file beside its folder."""
+    """Run one run to its end, or the rest of it, measure it and keep its figures; the output goes to a file."""
     if finished(study, run):
-        return keep(study, run)
+        return
     out = folder(study, run)
     out.parent.mkdir(parents=True, exist_ok=True)
     resume = ["resume=true"] if (out / "config.yaml").exists() else []
-    env = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    command = [sys.executable, *STUDIES[study][run], f"out_dir=out/{study}/{run}", *resume]
-    with open(out.parent / f"{run}.txt", "a") as file:
-        code = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code == 0:
-        keep(study, run)
-    print(f"{study}/{run}: {'done' if code == 0 else f'failed with exit code {code}'}, see {file.name}", flush=True)
+    todo = [([*STUDIES[study][run], f"out_dir=out/{study}/{run}", *resume], f"out/{study}/{run}/metrics.json")]
+    todo += [(command, file) for command, file, _ in analyses(study, run).values()]
+    with open(out.parent / f"{run}.txt", "a") as said:
+        for command, file in todo:
+            if (ROOT / file).exists():
+                continue
+            options = {"cwd": ROOT, "env": {"OMP_NUM_THREADS": str(threads), **os.environ}}
+            code = subprocess.run(
+                [sys.executable, *command], stdout=said, stderr=subprocess.STDOUT, **options
+            ).returncode
+            if code:
+                print(f"{study}/{run}: {command[0]} failed with exit code {code}, see {said.name}", flush=True)
+                return
+    keep(study, run)
+    print(f"{study}/{run}: done", flush=True)
 
 
 def keep(study, run):
@@ -154,6 +183,8 @@ def keep(study, run):
         "curve_val": [record for record in log if record["split"] == "val"],
         "molecules_per_s": rates[len(rates) // 2] if rates else None,
     }
+    for key, (_, file, inner) in analyses(study, run).items():
+        result[key] = json.loads((ROOT / file).read_text())[inner]
     path = ROOT / "results" / study / f"{run}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

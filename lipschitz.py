@@ -1,0 +1,454 @@
+"""Analysis: how smooth is the pooled embedding h of an encoder? Table 1, Table 5's row, Figure 2 and Table 8.
+
+    python lipschitz.py out/a/encoder.pt out/b/encoder.pt data=data/qm9_demo.h5     Table 1 and Figure 2
+    python lipschitz.py ntk out/run/step_*.pt data=data/qm9.h5                      Table 8, of a run of finetune.py
+
+A checkpoint is an encoder.pt, last.pt or step_<n>.pt of pretrain.py, or whatever else init_from of finetune.py takes.
+After them come settings, key=value: data, split, num_molecules, iterations, exact,
+position_noise_scale, batch_size, seed, out_dir.
+
+Local Lipschitz constant (App. B): LLC = |J P|_2, J = dh/dpos (F, 3n), P the projector onto what is no rigid motion,
+in 1/angstrom, since h has no unit. Twice beside it, free of the scale of h: LLC / |h|, and the LLC of features that are
+standardised over the molecules measured. All in float64.
+
+Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per molecule, lipschitz.png and .svg.
+`ntk` writes ntk.json.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity, mse_loss
+
+from data import InputError, Molecules, cli, split_indices
+from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, read_encoder, read_weights
+from model import radius_graph, scatter_sum, setting
+from pretrain import (
+    build_config,
+    keep_freed_memory,
+    named_split,
+    provenance,
+    standard_normal,
+    write_atomically,
+    write_text,
+)
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class LipschitzConfig:
+    """What is measured, and how."""
+
+    data: str = "data/qm9_demo.h5"  # HDF5 file made by data.py
+    split: str = ""  # a named split of the file; empty: all its molecules
+    num_molecules: int = setting(100, low=1)  # of them, at random
+    iterations: tuple = setting((5, 15, 25), low=1)  # power iterations after which the norm is noted, Table 1
+    exact: bool = False  # the full Jacobian instead, one molecule after another
+    batch_size: int = setting(100, low=1)  # molecules at a time
+    position_noise_scale: float = setting(0.0, low=0)  # angstrom; measure at geometries with this noise on them
+    seed: int = setting(0, low=0)  # of directions and noise
+    out_dir: str = "out/lipschitz"
+
+
+# ---------------------------------------------------------------- the Jacobian and its norm
+
+
+def pooled(encoder, z, pos, batch, num_molecules, edge_index=None):
+    """h_b = mean_i x_i: -> (B, F)."""
+    x, _ = encoder(z, pos, batch, edge_index)
+    return scatter_sum(x, batch, num_molecules) / torch.bincount(batch, minlength=num_molecules).unsqueeze(1)
+
+
+def rigid_motions(pos, batch, num_molecules):
+    """Orthonormal basis of the rigid motions of each molecule: pos (N, 3) -> Q (N, 3, 6).
+
+    Three translations and three rotations e_a x (r_i - r_centre); what depends on the others is zero: rank 6, 5 for a
+    linear molecule, 3 for an atom.
+    """
+    counts = torch.bincount(batch, minlength=num_molecules)
+    r = pos - (scatter_sum(pos, batch, num_molecules) / counts.unsqueeze(1))[batch]
+    axes = torch.eye(3, dtype=pos.dtype, device=pos.device).expand(len(pos), 3, 3)  # (N, 3, 3): axis a is [:, a]
+    turns = torch.linalg.cross(axes, r.unsqueeze(1).expand(-1, 3, -1))  # (N, a, 3)
+    motions = torch.cat([axes, turns], dim=1).mT  # (N, 3, 6)
+    place = torch.arange(len(pos), device=pos.device) - (counts.cumsum(0) - counts)[batch]  # of an atom in its molecule
+    padded = pos.new_zeros(num_molecules, int(counts.max()), 3, 6)
+    padded[batch, place] = motions
+    U, S, _ = torch.linalg.svd(padded.flatten(1, 2), full_matrices=False)  # (B, 3 n, 6 or fewer), (B, 6 or fewer)
+    U = U * S.gt(1e-8 * S[:, :1]).unsqueeze(1)
+    return U.unflatten(1, (-1, 3))[batch, place]
+
+
+def remove(motions, v, batch, num_molecules):
+    """P v = v - Q Q^T v for each molecule: Q (N, 3, 6), v (N, 3) -> (N, 3)."""
+    share = scatter_sum((motions * v.unsqueeze(2)).sum(1), batch, num_molecules)  # (B, 6)
+    return v - (motions * share[batch].unsqueeze(1)).sum(2)
+
+
+def dots(a, b, batch, num_molecules):
+    """<a, b> over the atoms of each molecule: (N, 3), (N, 3) -> (B,)."""
+    return scatter_sum((a * b).sum(1), batch, num_molecules)
+
+
+def jacobian_products(h, pos):
+    """The functions v (N, 3) -> J v (B, F) and u (B, F) -> J^T u (N, 3) of h, a function of pos that autograd knows.
+
+    J^T u is linear in u, so its derivative by u along v is J v: with both graphs at hand a product costs no new forward
+    pass. h of a molecule depends on its own atoms alone, J is block diagonal: one product serves the whole batch.
+    """
+    u = torch.zeros_like(h, requires_grad=True)
+    (pulled,) = torch.autograd.grad(h, pos, u, create_graph=True, materialize_grads=True)
+
+    def jvp(v):
+        return torch.autograd.grad(pulled, u, v, retain_graph=True, materialize_grads=True)[0]
+
+    def vjp(u):
+        return torch.autograd.grad(h, pos, u, retain_graph=True, materialize_grads=True)[0]
+
+    return jvp, vjp
+
+
+def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
+    """|J P|_2 of h / scale (F,) of each molecule, by power iteration from v (N, 3): -> {iterations: (B,)}.
+
+    DEVIATION: not |J v_k| of the last iterate but the norm of J on the span of all: Lanczos' method, at the same cost.
+    Where two singular values lie close the last iterate alone was 3 % off after 25 steps; this is exact after 15.
+    """
+    num, found, basis, images = int(batch[-1]) + 1, {}, [], []
+    for step in range(1, max(iterations) + 1):
+        v = before = project(v)
+        for _ in range(2):  # once more, for what rounding left over
+            for w in basis:
+                v = v - w * dots(v, w, batch, num)[batch].unsqueeze(1)
+        size = dots(v, v, batch, num).sqrt()
+        # nothing is left when the span is the whole space, as for the 3 directions of a triatomic molecule
+        new = size > 1e-10 * dots(before, before, batch, num).sqrt()
+        v = v * torch.where(new, 1 / size, 0)[batch].unsqueeze(1)
+        basis.append(v)
+        images.append(jvp(v) / scale)  # (B, F)
+        if step in iterations:
+            found[step] = torch.linalg.matrix_norm(torch.stack(images, dim=2), 2)
+        v = vjp(images[-1] / scale)
+    return found
+
+
+def exact_norms(encoder, z, pos, batch, num_molecules, scale):
+    """|J P|_2 from the whole Jacobian, column by column, one molecule after another: -> (B,), of h / scale (B,)."""
+    found = []
+    for molecule in range(num_molecules):
+        of = batch == molecule
+        z_m, pos_m, batch_m = z[of], pos[of], torch.zeros_like(z[of])
+        motions = rigid_motions(pos_m, batch_m, 1).flatten(0, 1)  # (3 n, 6)
+        edge_index = radius_graph(pos_m, batch_m, encoder.config.cutoff_upper)
+
+        def h(pos, z_m=z_m, batch_m=batch_m, edge_index=edge_index):
+            return pooled(encoder, z_m, pos, batch_m, 1, edge_index)[0]
+
+        columns = [
+            torch.func.jvp(h, (pos_m,), (direction.view_as(pos_m),))[1]
+            for direction in torch.eye(pos_m.numel(), dtype=pos.dtype, device=pos.device)
+        ]
+        J = torch.stack(columns, dim=1)  # (F, 3 n)
+        J = J - J @ motions @ motions.T
+        found.append(torch.stack([torch.linalg.matrix_norm(J / s.unsqueeze(1), 2) for s in scale]))
+    return torch.stack(found)  # (B, number of scales)
+
+
+# ---------------------------------------------------------------- one encoder
+
+
+def draw_for_each(molecules, index, *key):
+    """Standard normal numbers (N, 3) that depend on the key and the molecule alone, not on the batch."""
+    ptr = molecules.ptr
+    return torch.cat([standard_normal((int(ptr[m + 1] - ptr[m]), 3), *key, int(m)) for m in index]).double()
+
+
+DIRECTION, NOISE = 1, 2  # first number of a key
+
+
+def batches(molecules, index, config, device):
+    """Batches of the molecules index in float64: z, pos, batch, num_molecules, directions."""
+    for part in np.array_split(index, math.ceil(len(index) / config.batch_size)):
+        arrays = molecules.read(part)
+        directions, noise = (draw_for_each(molecules, part, kind, config.seed) for kind in (DIRECTION, NOISE))
+        pos = arrays["pos"].double() + config.position_noise_scale * noise
+        z, pos, batch, directions = (t.to(device) for t in (arrays["z"], pos, arrays["batch"], directions))
+        yield z, pos, batch, len(part), directions
+
+
+STEPS = tuple(round(0.01 * k, 2) for k in range(11))  # angstrom, |delta| of Fig. 2
+
+
+@torch.no_grad()
+def embed(encoder, parts):
+    """Pooled embeddings of all molecules: (M, F)."""
+    return torch.cat([pooled(encoder, *part[:4]) for part in parts])
+
+
+def constants(encoder, part, std, config):
+    """Norms of J P for one batch -> {step or "exact": (B, 2)}, of h as it is and of h / std."""
+    z, pos, batch, num, directions = part
+    scale = torch.stack([torch.ones_like(std), std])  # (2, F)
+    if config.exact:
+        return {"exact": exact_norms(encoder, z, pos, batch, num, scale)}
+    motions = rigid_motions(pos, batch, num)
+    pos = pos.clone().requires_grad_()
+    h = pooled(encoder, z, pos, batch, num, radius_graph(pos, batch, encoder.config.cutoff_upper))
+    jvp, vjp = jacobian_products(h, pos)
+
+    def project(v):
+        return remove(motions, v, batch, num)
+
+    norms = [spectral_norms(jvp, vjp, project, directions, batch, s, config.iterations) for s in scale]
+    return {step: torch.stack([found[step] for found in norms], dim=1) for step in sorted(config.iterations)}
+
+
+@torch.no_grad()
+def sensitivity(encoder, part, steps):
+    """Fig. 2: |h(x + delta) - h(x)| of each molecule along a random direction, rigid motions removed: -> (B, S)."""
+    z, pos, batch, num, directions = part
+    along = remove(rigid_motions(pos, batch, num), directions, batch, num)
+    size = dots(along, along, batch, num).sqrt()
+    along = along * torch.where(size > 0, 1 / size, 0)[batch].unsqueeze(1)
+    start = pooled(encoder, z, pos, batch, num)
+    return torch.stack([(pooled(encoder, z, pos + s * along, batch, num) - start).norm(dim=1) for s in steps], dim=1)
+
+
+def last_of(by_step):
+    return next(reversed(by_step.values()))
+
+
+def measure(encoder, molecules, index, config, device):
+    """Everything about one encoder, a number a molecule: dict of lists."""
+    encoder = encoder.double().eval().requires_grad_(False).to(device)
+    parts = list(batches(molecules, index, config, device))
+    h = embed(encoder, parts)
+    std = h.std(0) if len(h) > 1 else torch.ones_like(h[0])
+    std = std.clamp(min=1e-8 * std.max())  # a channel that is the same for all molecules
+    norms = [constants(encoder, part, std, config) for part in parts]
+    norms = {step: torch.cat([part[step] for part in norms]) for step in norms[0]}  # (M, 2)
+    last = last_of(norms)
+    return {
+        "llc": {str(step): found[:, 0].tolist() for step, found in norms.items()},
+        "llc_by_norm": (last[:, 0] / h.norm(dim=1)).tolist(),
+        "llc_standardised": last[:, 1].tolist(),
+        "norm": h.norm(dim=1).tolist(),
+        "sensitivity": torch.cat([sensitivity(encoder, part, STEPS) for part in parts]).tolist(),
+    }
+
+
+# ---------------------------------------------------------------- Table 8
+
+
+def load_step(path):
+    """-> (PropertyModel in float64, its FinetuneConfig, step) of a last.pt or step_<n>.pt of finetune.py."""
+    content = read_weights(path, "name step_<n>.pt of a run of finetune.py with keep_steps=")
+    try:
+        config = build_config(FinetuneConfig, content["config"])
+        encoder, _ = read_encoder(path, config.model)
+        head = TARGETS[config.target].head if config.head == "auto" and config.target in TARGETS else config.head
+        head = head if head in HEADS else "scalar"
+        model = PropertyModel(encoder, head, config.reduce, [0.0] * encoder.config.max_z)
+        weights = {
+            key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")
+        }
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is no step_<n>.pt of finetune.py: {' '.join(str(error).split())[:200]}") from None
+    return model.double(), config, content["step"]
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def linearisation(models, z, pos, batch, y):
+    """Compare f(theta_t) with f_lin(theta_t) = f(theta_0) + J(theta_0) (theta_t - theta_0): -> a dict per model.
+
+    PAPER-SILENT: of what the cosines are. Predictions on the batch, y' (B,): as they are, and their change since
+    theta_0. Gradients of the mean square error by all parameters: against that at theta_0, and against that of f_lin.
+    """
+    first = dict(models[0].named_parameters())
+
+    def f(parameters):
+        return torch.func.functional_call(models[0], parameters, (z, pos, batch, len(y)))[0]
+
+    def gradient(parameters):
+        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        predicted = f(leaves)
+        used = torch.autograd.grad(mse_loss(predicted, y), leaves.values(), materialize_grads=True)
+        return predicted.detach(), flat(used)
+
+    start, start_gradient = gradient(first)
+    for model in models:
+        now = dict(model.named_parameters())
+        move = {name: (now[name] - p).detach() for name, p in first.items()}
+        _, change = torch.func.jvp(f, ({k: p.detach() for k, p in first.items()},), (move,))
+        predicted, now_gradient = gradient(now)
+        leaves = {name: p.detach().requires_grad_() for name, p in first.items()}
+        residual = 2 * (start + change - y) / len(y)  # d MSE / d f at f_lin(theta_t)
+        linear = flat(torch.autograd.grad(f(leaves), leaves.values(), residual, materialize_grads=True))
+        yield {
+            "prediction": cosine_similarity(predicted, start + change, dim=0).item(),
+            "prediction_change": cosine_similarity(predicted - start, change, dim=0).item(),
+            "gradient_start": cosine_similarity(now_gradient, start_gradient, dim=0).item(),
+            "gradient_linear": cosine_similarity(now_gradient, linear, dim=0).item(),
+        }
+
+
+def ntk(paths, config):
+    """Table 8 of a fine-tuning run's checkpoints, the first of which is theta_0."""
+    loaded = sorted((load_step(path) for path in paths), key=lambda entry: entry[2])
+    models, steps = [model for model, _, _ in loaded], [step for _, _, step in loaded]
+    if len(set(steps)) < max(2, len(steps)):
+        raise InputError("ntk compares two or more different steps of one run: name its step_<n>.pt", code=2)
+    molecules, index = choose(config)
+    name = "energy" if loaded[0][1].target == "energy_forces" else loaded[0][1].target
+    arrays = molecules.read(index)
+    z, pos, batch = arrays["z"], arrays["pos"].double(), arrays["batch"]
+    rest = torch.from_numpy(molecules.label(name)[index]) - models[0].restore(torch.zeros(len(index)), z, batch)
+    rows = list(linearisation(models, z, pos, batch, rest / models[0].std))
+    names = list(rows[0])
+    print(f"{'steps':<12}" + "".join(f"{name:>20}" for name in names))
+    width = 100 if steps[-1] >= 100 else max(1, steps[-1] // 3)
+    for start in range(0, steps[-1], width):
+        inside = [row for step, row in zip(steps, rows, strict=True) if start < step <= start + width]
+        if inside:
+            means = "".join(f"{sum(row[name] for row in inside) / len(inside):>20.4f}" for name in names)
+            print(f"{start}-{start + width:<10}{means}")
+    result = {"steps": {step: row for step, row in zip(steps, rows, strict=True)}, "target": name}
+    return result | {"checkpoints": [str(path) for path in paths]}
+
+
+# ---------------------------------------------------------------- table, files, figures
+
+
+def quantiles(found):
+    """Median, p95, max and the number that are not finite, of a list."""
+    values = np.array(found)
+    finite = np.sort(values[np.isfinite(values)])
+    if not len(finite):
+        return {"median": math.nan, "p95": math.nan, "max": math.nan, "not_finite": len(values)}
+    median, p95 = np.quantile(finite, [0.5, 0.95])
+    return {"median": median, "p95": p95, "max": finite[-1], "not_finite": len(values) - len(finite)}
+
+
+def summarise(found):
+    """The figures of one encoder: of each kind of LLC median, p95, max, and the mean curve of Fig. 2."""
+    kinds = {"llc_by_norm": found["llc_by_norm"], "llc_standardised": found["llc_standardised"], "norm": found["norm"]}
+    kinds |= {f"llc_{step}": values for step, values in found["llc"].items()}
+    return {
+        "llc": quantiles(last_of(found["llc"])),
+        **{name: quantiles(values) for name, values in kinds.items()},
+        "sensitivity": np.mean(found["sensitivity"], axis=0).tolist(),
+    }
+
+
+def table(results):
+    """Lines of the table, an encoder a row."""
+    steps = list(next(iter(results.values()))["llc"])
+    width = max(map(len, results)) + 2
+    head = "".join(f"{f'median {step}':>12}{f'p95 {step}':>10}" for step in steps)
+    yield f"{'LLC, 1/angstrom':<{width}}{head}{'max':>10}{'LLC/|h|':>10}{'standard.':>10}{'not finite':>12}"
+    for name, found in results.items():
+        columns = [quantiles(found["llc"][step]) for step in steps]
+        cells = "".join(f"{c['median']:>12.4g}{c['p95']:>10.4g}" for c in columns)
+        free = "".join(f"{quantiles(found[key])['median']:>10.4g}" for key in ("llc_by_norm", "llc_standardised"))
+        yield f"{name:<{width}}{cells}{columns[-1]['max']:>10.4g}{free}{columns[-1]['not_finite']:>12}"
+
+
+def draw(results, folder):
+    """lipschitz.png and .svg: the share of molecules below an LLC, and Figure 2."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError:
+        print("no figure: drawing needs matplotlib (pip install matplotlib)")
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    lines, greys = ("-", "--", "-.", ":"), ("black", "0.55", "tab:red")
+    for k, (name, found) in enumerate(results.items()):
+        style = {"ls": lines[k % 4], "color": greys[k // 4 % 3]}
+        values = np.sort(last_of(found["llc"]))
+        left.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=name, **style)
+        curves = np.array(found["sensitivity"])  # (M, S)
+        right.plot(STEPS, curves.mean(0), lw=2, **style)
+        right.plot(STEPS, curves[0], lw=0.7, **style)
+    left.set(xscale="log", xlabel="LLC, 1/angstrom", ylabel="share of molecules below")
+    right.set(xlabel="|delta|, angstrom", ylabel="|h(x + delta) - h(x)|", title="mean (thick), one molecule (thin)")
+    left.legend(frameon=False, fontsize=8)
+    for kind in ("png", "svg"):
+        write_atomically(
+            folder / f"lipschitz.{kind}", lambda path, kind=kind: figure.savefig(path, dpi=130, format=kind)
+        )
+    plt.close(figure)
+
+
+def choose(config):
+    """-> Molecules and the indices of those to measure."""
+    molecules = Molecules(config.data)
+    index = named_split(molecules, config.split)
+    if config.num_molecules > len(index):
+        raise InputError(f"num_molecules = {config.num_molecules}: there are {len(index)} in {config.data}", code=2)
+    return molecules, index[split_indices(len(index), [config.num_molecules, None])[0]]
+
+
+def names_of(paths):
+    """What tells checkpoints apart in a table: their paths, less what all have in common."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return ["/".join(p) for p in parts]
+
+
+def llc(paths, config, device):
+    """Table 1 and Figure 2 of the encoders in paths."""
+    molecules, index = choose(config)
+    encoders = [read_encoder(path, FinetuneConfig().model)[0] for path in paths]
+    results = {}
+    for name, encoder in zip(names_of(paths), encoders, strict=True):
+        try:
+            results[name] = measure(encoder, molecules, index, config, device)
+        except ValueError as error:  # more neighbours than model.max_num_neighbors
+            raise InputError(f"{name}: {error}") from None
+    print("\n".join(table(results)))
+    figures = {name: summarise(found) for name, found in results.items()}
+    return {"summary": figures, "checkpoints": results, "molecules": index.tolist(), "displacements": STEPS}
+
+
+def main(arguments):
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip(), file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    kind = "ntk" if arguments[0] == "ntk" else "lipschitz"
+    arguments = arguments[1:] if kind == "ntk" else arguments
+    paths = [argument for argument in arguments if "=" not in argument]
+    config = build_config(LipschitzConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
+    if not paths:
+        raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
+    if len(set(paths)) < len(paths):
+        raise InputError("a checkpoint is named twice", code=2)
+    folder = Path(config.out_dir)
+    if (folder / f"{kind}.json").exists():
+        raise InputError(f"{folder / f'{kind}.json'} exists: remove it, or choose another out_dir=")
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() and kind != "ntk" else "cpu")
+    made_by, began = provenance(device, 1), time.perf_counter()
+    result = ntk(paths, config) if kind == "ntk" else llc(paths, config, device)
+    result |= {"settings": asdict(config), "wall_s": round(time.perf_counter() - began, 1), **made_by}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{kind}.json", json.dumps(result, indent=1) + "\n")
+    if kind == "lipschitz":
+        draw(result["checkpoints"], folder)
+    print(f"{time.perf_counter() - began:.0f} s; wrote {kind}.json to {folder}")
+
+
+if __name__ == "__main__":
+    cli(main)
