@@ -314,7 +314,7 @@ class PropertyModel(nn.Module):
     def forward(self, z, pos, batch, num_molecules, forces=False, edge_index=None):
         """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""
         with torch.set_grad_enabled(forces or torch.is_grad_enabled()):
-            pos = pos.detach().requires_grad_(forces)
+            pos = pos.detach().requires_grad_() if forces else pos
             x, vec = encode(self.encoder, z, pos, batch, edge_index)
             y = self.readout(x, vec, z, pos, batch, num_molecules)
             if not forces:

@@ -1,0 +1,335 @@
+"""The Jacobian's norm, its invariances, Table 8, whether g is used; against what is known by other means."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import graph_embedding
+import lipschitz
+import pretrain
+from data import InputError, Molecules
+from finetune import PropertyModel
+from lipschitz import LipschitzConfig, constants, embed, measure, pooled, rigid_motions, spectral_norms
+from model import EquivariantTransformer, ModelConfig, save_encoder
+
+ROOT = Path(__file__).parent.parent
+QM9 = str(ROOT / "data/qm9_demo.h5")
+SMALL = {"embedding_dimension": 16, "num_layers": 2, "num_rbf": 16, "num_heads": 4}
+CONFIG = LipschitzConfig(data=QM9)
+
+
+def encoder(**changes):
+    torch.manual_seed(0)
+    return EquivariantTransformer(ModelConfig(**SMALL | changes)).double().eval().requires_grad_(False)
+
+
+def spread(num):
+    """Molecules of the demo file from the smallest to the largest: indices."""
+    order = np.argsort(np.diff(Molecules(QM9).ptr), kind="stable")
+    return order[np.linspace(0, len(order) - 1, num).astype(int)]
+
+
+def batch_of(*molecules):
+    """(z, pos) of each -> z, pos, batch, num_molecules, directions."""
+    z = torch.cat([torch.tensor(z) for z, _ in molecules])
+    pos = torch.cat([torch.tensor(pos, dtype=torch.float64) for _, pos in molecules])
+    batch = torch.cat([torch.full((len(z),), m) for m, (z, _) in enumerate(molecules)])
+    directions = torch.randn(pos.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return z, pos, batch, len(molecules), directions
+
+
+WATER = ([8, 1, 1], [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]])
+ACETYLENE = ([6, 6, 1, 1], [[0, 0, 0.601], [0, 0, -0.601], [0, 0, 1.665], [0, 0, -1.665]])
+ATOM = ([2], [[1.0, 2.0, 3.0]])
+
+
+def test_rigid_motions_have_the_right_rank_and_are_orthonormal():
+    _, pos, batch, num, _ = batch_of(WATER, ACETYLENE, ATOM)
+    motions = rigid_motions(pos, batch, num)
+    for m, rank in enumerate((6, 5, 3)):
+        gram = torch.einsum("nak,nal->kl", motions[batch == m], motions[batch == m])
+        assert torch.allclose(gram, torch.diag((torch.arange(6) < rank).double()), atol=1e-12)
+    # they are what they are called: a translation and a rotation lie in their span
+    for molecule in range(num):
+        r = pos[batch == molecule]
+        for motion in (torch.ones_like(r), torch.linalg.cross(torch.tensor([[0.3, -1, 2]]).double().expand_as(r), r)):
+            rest = lipschitz.remove(motions[batch == molecule], motion, torch.zeros(len(r), dtype=torch.long), 1)
+            assert rest.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("norms", [{}, {"vec_norm_layer": "none"}], ids=str)
+def test_an_invariant_embedding_does_not_answer_to_rigid_motions(norms):
+    z, pos, batch, num, _ = batch_of(WATER, ACETYLENE)
+    pos.requires_grad_()
+    jvp, _ = lipschitz.jacobian_products(pooled(encoder(**norms), z, pos, batch, num), pos)
+    motions = rigid_motions(pos.detach(), batch, num)
+    assert max(jvp(motions[:, :, k]).abs().max() for k in range(6)) < 1e-12
+    assert jvp(torch.randn_like(pos)).abs().max() > 1e-3
+
+
+def test_a_linear_map_gives_its_spectral_norm():
+    """h = A pos of each molecule with a spectrum chosen: well separated, degenerate at the top, and zero."""
+    size, F = 5, 12
+    generator = torch.Generator().manual_seed(0)
+    spectra = torch.zeros(3, F, dtype=torch.float64)
+    spectra[0] = torch.linspace(3, 0.1, F)
+    spectra[1, :4] = torch.tensor([7.0, 7.0, 6.99, 6.98])
+    U = torch.linalg.qr(torch.randn(3, F, F, dtype=torch.float64, generator=generator))[0]
+    V = torch.linalg.qr(torch.randn(3, 3 * size, F, dtype=torch.float64, generator=generator))[0]
+    A = U @ torch.diag_embed(spectra) @ V.mT  # (3, F, 3 n)
+    batch = torch.arange(3).repeat_interleave(size)
+    pos = torch.randn(3 * size, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    h = torch.einsum("bfk,bk->bf", A, pos.view(3, -1))
+    jvp, vjp = lipschitz.jacobian_products(h, pos)
+    scale = torch.ones(F, dtype=torch.float64)
+    start = torch.randn(pos.shape, dtype=torch.float64, generator=generator)
+    found = spectral_norms(jvp, vjp, lambda v: v, start, batch, scale, (5, 25))
+    assert torch.allclose(found[25], torch.tensor([3.0, 7.0, 0.0], dtype=torch.float64), rtol=1e-9)
+    assert (found[5] <= found[25] + 1e-9).all()  # from below
+    halved = spectral_norms(jvp, vjp, lambda v: v, start, batch, 2 * scale, (25,))
+    assert torch.allclose(halved[25], found[25] / 2)
+
+
+def agreement(encoder, index):
+    """Largest relative error of the batched norms after 25 iterations against the exact ones."""
+    (part,) = lipschitz.batches(Molecules(QM9), index, CONFIG, "cpu")
+    std = embed(encoder, [part]).std(0)
+    iterated = constants(encoder, part, std, CONFIG)[25]
+    return (iterated / constants(encoder, part, std, replace(CONFIG, exact=True))["exact"] - 1).abs().max()
+
+
+@pytest.mark.parametrize("norms", [{}, {"vec_norm_out": "whiten", "vec_norm_layer": "none"}], ids=str)
+def test_iterated_norms_equal_the_exact_ones(norms):
+    assert agreement(encoder(**norms), spread(4)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coord", "georecon"])
+def test_iterated_norms_equal_the_exact_ones_of_trained_encoders(name):
+    """Four minutes each: 50 molecules of 4 to 29 atoms, column by column."""
+    trained, _ = finetune.read_encoder(str(ROOT / f"results/encoders/{name}_s1.pt"), ModelConfig())
+    assert agreement(trained.double().requires_grad_(False), spread(50)) < 1e-3
+
+
+def test_the_smallest_molecules():
+    """Three atoms have 3 directions, fewer than the iterations; one atom has none."""
+    part = batch_of(WATER, ACETYLENE, ATOM)
+    found = constants(encoder(), part, torch.ones(16, dtype=torch.float64), CONFIG)[25][:, 0]
+    exact = constants(encoder(), part, torch.ones(16, dtype=torch.float64), replace(CONFIG, exact=True))["exact"][:, 0]
+    assert torch.allclose(found, exact, rtol=1e-9) and found[2] == 0 and (found[:2] > 1e-3).all()
+
+
+def test_turning_moving_and_renumbering_a_molecule_change_nothing():
+    z, pos, batch, num, _ = part = batch_of(WATER, ACETYLENE)
+    ones = torch.ones(16, dtype=torch.float64)
+    expected = constants(encoder(), part, ones, CONFIG)[25]
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    order = torch.tensor([2, 0, 1, 5, 3, 6, 4])
+    moved = (pos @ rotation.T + torch.tensor([3.0, -7, 1]))[order]
+    other = torch.randn(pos.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(constants(encoder(), (z[order], moved, batch, num, other), ones, CONFIG)[25], expected)
+
+
+def test_figures_do_not_depend_on_the_batch_and_know_the_scale():
+    index = spread(6)
+    one = measure(encoder(), Molecules(QM9), index, replace(CONFIG, iterations=(15,)), "cpu")
+    parts = measure(encoder(), Molecules(QM9), index, replace(CONFIG, iterations=(15,), batch_size=2), "cpu")
+    for name in ("llc_by_norm", "llc_standardised", "norm", "sensitivity"):
+        assert np.allclose(one[name], parts[name], rtol=1e-8), name
+    # a gain of the last LayerNorm is seen by the plain figure and by no other
+    loud = encoder()
+    loud.out_norm.weight.data *= 10
+    found = measure(loud, Molecules(QM9), index, replace(CONFIG, iterations=(15,)), "cpu")
+    assert np.allclose(found["llc"]["15"], 10 * np.array(one["llc"]["15"]))
+    for name in ("llc_by_norm", "llc_standardised"):
+        assert np.allclose(found[name], one[name]), name
+    # Fig. 2 starts as the Jacobian says it must: no direction is steeper than the LLC
+    first = np.array(one["sensitivity"])[:, 1] / lipschitz.STEPS[1]
+    assert (first <= 1.02 * np.array(one["llc"]["15"])).all() and (first > 0).all()
+
+
+# ---------------------------------------------------------------- Table 8
+
+
+def test_linearisation_is_exact_for_small_moves_and_not_for_large_ones():
+    torch.manual_seed(0)
+    z, pos, batch, num, _ = next(iter(lipschitz.batches(Molecules(QM9), spread(8), CONFIG, "cpu")))
+    y = torch.randn(num, dtype=torch.float64)
+    references = [0.0] * 100
+
+    def moved(size):
+        torch.manual_seed(1)
+        model = PropertyModel(EquivariantTransformer(ModelConfig(**SMALL)), "scalar", "sum", references).double()
+        for p in model.parameters():
+            p.data += size * torch.randn_like(p)
+        return model
+
+    start, near, far = lipschitz.linearisation([moved(0), moved(1e-5), moved(0.3)], z, pos, batch, y)
+    assert start["prediction"] == pytest.approx(1) and start["gradient_start"] == pytest.approx(1)
+    assert near["prediction_change"] == pytest.approx(1, abs=1e-4) and near["gradient_linear"] == pytest.approx(
+        1, abs=1e-3
+    )
+    assert far["prediction_change"] < 0.9 and far["gradient_start"] < 0.9
+
+
+# ---------------------------------------------------------------- the graph embedding
+
+
+def test_others_share_the_key_and_are_never_oneself():
+    keys = [3, 3, 5, 3, 7, 5]
+    other = graph_embedding.others(keys, np.random.default_rng(0))
+    assert other[4] == -1
+    for place in (0, 1, 2, 3, 5):
+        assert keys[other[place]] == keys[place] and other[place] != place
+    assert sorted(other[[0, 1, 3]]) == [0, 1, 3]
+
+
+def test_torsion_angles_of_gauche_and_trans_butane():
+    def butane(angle):  # four carbons, the last turned by the angle about the middle bond
+        a = np.radians(angle)
+        return np.array([[1.4, 0, -0.5], [0, 0, 0], [0, 0, 1.53], [1.4 * np.cos(a), 1.4 * np.sin(a), 2.03]])
+
+    for angle in (180, 60, 0):
+        found = graph_embedding.mean_cosine_of_torsions(np.array([6, 6, 6, 6]), butane(angle))
+        assert found == pytest.approx(np.cos(np.radians(angle)), abs=1e-6)
+    assert np.isnan(graph_embedding.mean_cosine_of_torsions(np.array([6, 6, 1]), butane(60)[:3]))
+
+
+def test_readout_finds_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.standard_normal((400, 8)))
+    assert graph_embedding.r_squared(features, (features[:, 0] - 2 * features[:, 3]).numpy()) > 0.999
+    assert graph_embedding.r_squared(features, rng.standard_normal(400)) < 0.1
+    formulas = ["a"] * 200 + ["b"] * 200
+    assert graph_embedding.identified(features, features + 1e-3, formulas) == {
+        "identified": 1.0,
+        "identified_by_chance": 2 / 400,
+    }
+    assert graph_embedding.identified(features, torch.zeros_like(features), formulas)["identified"] == 2 / 400
+
+
+# ---------------------------------------------------------------- the programs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A GeoRecon run, a Coord run and a fine-tuning run of seconds, with copies of their steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    sizes = [f"model.{key}={value}" for key, value in SMALL.items()]
+    common = [str(ROOT / "configs/demo.yaml"), f"data={QM9}", "max_steps=3", "val_size=20", "batch_size=4", *sizes]
+    pretrain.main([*common, f"out_dir={folder}/georecon", "keep_steps=0,2"])
+    pretrain.main([*common, f"out_dir={folder}/coord", "objective=coord"])
+    tune = [str(ROOT / "configs/demo_gap.yaml"), f"data={QM9}", "max_steps=4", "train_size=40", "val_size=20"]
+    tune += ["test_size=20", "init_from=", "batch_size=4", *sizes, "keep_steps=0,1,2,3,4", "lr_warmup_steps=0"]
+    finetune.main([*tune, f"out_dir={folder}/gap"])
+    return folder
+
+
+def test_table_1_and_figure_2(runs, tmp_path, capsys):
+    names = [str(runs / "georecon" / f"{name}.pt") for name in ("step_0", "step_2", "encoder")]
+    lipschitz.main([*names, str(runs / "coord/last.pt"), f"data={QM9}", "num_molecules=7", f"out_dir={tmp_path}/a"])
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "a/lipschitz.json").read_text())
+    assert set(found["checkpoints"]) == {"georecon/step_0", "georecon/step_2", "georecon/encoder", "coord/last"}
+    assert all(name in said for name in found["checkpoints"]) and "median 25" in said
+    for of in found["checkpoints"].values():
+        assert len(of["llc"]["25"]) == 7 and np.isfinite(of["sensitivity"]).all()
+    assert found["summary"]["coord/last"]["llc"]["median"] == np.median(found["checkpoints"]["coord/last"]["llc"]["25"])
+    assert found["commit"] is None or isinstance(found["commit"], str)
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a/lipschitz.{kind}").stat().st_size > 5000
+    with pytest.raises(InputError, match="exists"):
+        lipschitz.main([*names, f"out_dir={tmp_path}/a"])
+
+
+def test_geometries_may_be_noised(runs, tmp_path):
+    for name, more in (("clean", []), ("noised", ["position_noise_scale=0.04"]), ("exact", ["exact=true"])):
+        lipschitz.main(
+            [str(runs / "georecon/last.pt"), f"data={QM9}", "num_molecules=3", f"out_dir={tmp_path}/{name}", *more]
+        )
+    clean, noised, exact = (
+        json.loads((tmp_path / name / "lipschitz.json").read_text())["checkpoints"].popitem()[1]
+        for name in ("clean", "noised", "exact")
+    )
+    assert np.allclose(clean["llc"]["25"], exact["llc"]["exact"], rtol=1e-6)
+    assert not np.allclose(clean["llc"]["25"], noised["llc"]["25"], rtol=1e-3)
+
+
+def test_table_8(runs, tmp_path, capsys):
+    steps = [str(path) for path in sorted((runs / "gap").glob("step_*.pt"))]
+    lipschitz.main(["ntk", *steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
+    found = json.loads((tmp_path / "ntk.json").read_text())["steps"]
+    assert list(found) == ["0", "1", "2", "3", "4"] and found["0"]["gradient_start"] == pytest.approx(1)
+    assert found["1"]["prediction_change"] > 0.8
+    assert "prediction_change" in capsys.readouterr().out
+
+
+def test_use_of_the_graph_embedding(runs, tmp_path, capsys):
+    names = [str(runs / "georecon/last.pt"), str(runs / "coord/last.pt")]
+    graph_embedding.main([*names, f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}"])
+    found = json.loads((tmp_path / "graph_embedding.json").read_text())["checkpoints"]
+    assert {"rec_loss", "rise_isomer", "rise_same_size", "rise_mean"} <= found["georecon"].keys()
+    assert "rec_loss" not in found["coord"] and "r2_torsion" in found["coord"]
+    assert "rise_isomer" in capsys.readouterr().out
+
+
+def test_a_decoder_that_cannot_see_g_does_not_use_it(runs, tmp_path):
+    """And one that sees nothing else does: both by planting it in the weights."""
+    content = torch.load(runs / "georecon/last.pt", weights_only=True)
+    combine = content["state_dict"]["decoder.combine.weight"]  # (F, 2 F): own node | g
+    for name, columns in (("blind", slice(16, 32)), ("forced", slice(0, 16))):
+        changed = combine.clone()
+        changed[:, columns] = 0
+        torch.save(
+            {**content, "state_dict": {**content["state_dict"], "decoder.combine.weight": changed}}, tmp_path / name
+        )
+        graph_embedding.main(
+            [str(tmp_path / name), f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}/{name}_out"]
+        )
+    blind, forced = (
+        json.loads((tmp_path / f"{name}_out/graph_embedding.json").read_text())["checkpoints"].popitem()[1]
+        for name in ("blind", "forced")
+    )
+    assert all(blind[key] == 0 for key in ("rise_isomer", "rise_same_size", "rise_mean"))
+    assert forced["rise_isomer"] != 0
+
+
+BAD = [
+    ([], SystemExit, None),
+    (["data=x.h5"], InputError, "name one"),
+    (["nothing.pt"], InputError, "nothing.pt"),
+    (["E", "E"], InputError, "twice"),
+    (["E", "iterations=0"], InputError, "at least 1"),
+    (["E", "iteration=5"], InputError, "did you mean iterations"),
+    (["E", "num_molecules=5000"], InputError, "there are 2000"),
+    (["E", "split=west"], InputError, "no such split"),
+    (["E", "data=nothing.h5"], InputError, "nothing.h5"),
+    (["broken"], InputError, "no torch file"),
+    (["ntk", "E"], InputError, "no step_<n>.pt"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), BAD, ids=str)
+def test_bad_input_is_one_line(arguments, error, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(save_encoder(encoder().float()), "E")
+    Path("broken").write_bytes(b"PK\x03\x04 cut off")
+    before = sorted(os.listdir())
+    given = arguments if any("data=" in a for a in arguments) else [*arguments, f"data={QM9}"][: len(arguments) and 9]
+    with pytest.raises(error, match=words):
+        lipschitz.main(given)
+    assert sorted(os.listdir()) == before
+
+
+def test_graph_embedding_refuses_what_is_no_run_of_pretraining(tmp_path):
+    path = tmp_path / "encoder.pt"
+    torch.save(save_encoder(encoder().float()), path)
+    with pytest.raises(InputError, match="no last.pt"):
+        graph_embedding.main([str(path), f"data={QM9}", f"out_dir={tmp_path}/a"])
+    assert asdict(CONFIG)["num_molecules"] == 100  # what README's minute is for
