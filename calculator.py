@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import InputError, check_file, cli, need, read_xyz, readable
-from finetune import IN_EV, load_property_model
+from finetune import IN_EV, load_property_model, predict_molecule
 from model import radius_graph
 from pretrain import keep_freed_memory, write_atomically
 
@@ -32,18 +32,18 @@ class GeoReconCalculator(ase.Calculator):
 
     def __init__(self, checkpoint, device="cpu"):
         super().__init__()
-        model, about = load_property_model(checkpoint)
-        if about["target"] != "energy_forces" or about["unit"] not in IN_EV:
-            raise InputError(f"{checkpoint} predicts {about['target']} in {about['unit']}, not energies and forces")
-        self.model, self.elements, self.to_ev = model.to(device), set(about["elements"]), IN_EV[about["unit"]]
-        self.device, self.cutoff = device, model.encoder.config.cutoff_upper
+        model, self.about = load_property_model(checkpoint)
+        if self.about["target"] != "energy_forces" or self.about["unit"] not in IN_EV:
+            predicts = f"{self.about['target']} in {self.about['unit']}"
+            raise InputError(f"{checkpoint} predicts {predicts}, not energies and forces")
+        self.model, self.device, self.cutoff = model.to(device), device, model.encoder.config.cutoff_upper
         self.listed = None  # z, pos when the list was made, pairs within cutoff + SKIN
 
-    def pairs(self, z, pos, batch):
+    def pairs(self, z, pos):
         """edge_index (2, P) within the cutoff, from the list of those within cutoff + SKIN while that holds."""
         moved = self.listed is None or not torch.equal(self.listed[0], z)
         if moved or (pos - self.listed[1]).square().sum(1).max() > (SKIN / 2) ** 2:
-            self.listed = z, pos, radius_graph(pos, batch, self.cutoff + SKIN)
+            self.listed = z, pos, radius_graph(pos, torch.zeros_like(z), self.cutoff + SKIN)
         j, i = near = self.listed[2]
         return near[:, (pos[i] - pos[j]).square().sum(1) < self.cutoff**2]
 
@@ -51,14 +51,10 @@ class GeoReconCalculator(ase.Calculator):
         super().calculate(atoms, properties, system_changes)
         if self.atoms.pbc.any():
             raise InputError("a periodic system: this calculator knows isolated molecules only")
-        if strange := set(self.atoms.numbers.tolist()) - self.elements:
-            raise InputError(f"element {min(strange)} was not among the molecules that the model was trained on")
         z = torch.as_tensor(self.atoms.numbers, device=self.device).long()
-        pos = torch.as_tensor(self.atoms.positions - self.atoms.positions.mean(0), device=self.device).float()
-        batch = torch.zeros_like(z)
-        y, forces = self.model(z, pos, batch, 1, forces=True, edge_index=self.pairs(z, pos, batch))
-        self.results["energy"] = self.model.restore(y, z, batch).item() * self.to_ev
-        self.results["forces"] = (forces.double() * self.model.std).cpu().numpy() * self.to_ev
+        pos = torch.as_tensor(self.atoms.positions, device=self.device)
+        energy, forces = predict_molecule(self.model, self.about, z, pos, self.pairs(z, pos))
+        self.results = {"energy": energy, "forces": forces}
 
 
 def constant_energy(atoms, ps, temperature, timestep=0.5, seed=1):

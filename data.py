@@ -291,7 +291,8 @@ class StepBatches(torch.utils.data.Dataset):
             message = f"batch_size {batch_size} must be a multiple of ranks x accumulation parts = {world} x {micro}"
             raise InputError(message, code=2)
         if batch_size > len(self.index):
-            raise InputError(f"batch_size {batch_size} is more than the {len(self.index)} molecules to choose from")
+            message = f"batch_size {batch_size} is more than the {len(self.index)} molecules to choose from"
+            raise InputError(message, code=2)
         self.steps_per_epoch = len(self.index) // batch_size
         self._epoch = self._order = None
 

@@ -153,6 +153,19 @@ class FinetuneConfig:
     def __post_init__(self):
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay = {self.ema_decay}: must be below 1")
+        defaults = {
+            "loss": "mse",
+            "clip_norm": 0,
+            "ema_decay": 0,
+            "head": "auto",
+            "accumulate": 1,
+            "denoising_weight": 0.1,
+        }
+        for key, value in defaults.items() if self.freeze_encoder else ():
+            if getattr(self, key) != value:
+                raise ValueError(f"freeze_encoder = true: a linear probe has no {key}, leave it out")
+        if self.freeze_encoder and self.lr_schedule == "plateau":
+            raise ValueError("freeze_encoder = true: the schedule of a linear probe is cosine or cosine_warmup")
 
 
 def learning_rate(step, config):
@@ -195,8 +208,10 @@ def split_data(config, molecules):
     train, val = parts.pop("train"), parts.pop("val")
     for name in filter(None, config.test_split.split(",")):
         test = named_split(molecules, name)
+        if config.test_size > len(test):
+            raise InputError(f"test_size = {config.test_size}: {name} has {len(test)} molecules", code=2)
         key = f"test_{name}" if name in ("train", "val") else name  # beside a training part or validation part of ours
-        parts[key] = test[split_indices(len(test), [min(config.test_size or len(test), len(test)), None])[0]]
+        parts[key] = test[split_indices(len(test), [config.test_size or len(test), None])[0]]
     together = np.concatenate([train, val, *parts.values()])
     if len(np.unique(together)) < len(together):
         raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
@@ -233,7 +248,10 @@ class Labels:
         self.forces = config.target == "energy_forces"
         if self.forces and "forces" not in molecules.units:
             raise InputError(f"target = energy_forces, but {molecules.path} has no forces", code=2)
-        self.raw = molecules.label(self.name)  # (M,)
+        try:
+            self.raw = molecules.label(self.name)  # (M,)
+        except InputError as error:
+            raise InputError(error, code=2) from None
         self.unit = molecules.units[self.name]
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
         self.shown, self.scale = ("meV", 1000.0) if self.unit == "eV" and not self.forces else (self.unit, 1.0)
@@ -770,6 +788,19 @@ def finetune(config, device, rank, world):
 IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
 
 
+def predict_molecule(model, about, z, pos, edge_index=None):
+    """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) float64 or None.
+
+    eV and eV/angstrom for a model of energies and forces, else the property in its unit. InputError: unknown element.
+    """
+    if strange := set(z.tolist()) - set(about["elements"]):
+        raise InputError(f"element {min(strange)} was not among the molecules that the model was trained on")
+    forces, batch = about["target"] == "energy_forces", torch.zeros_like(z)
+    scale = IN_EV[about["unit"]] if forces else 1.0
+    y, f = model(z, (pos - pos.mean(0)).to(next(model.parameters()).dtype), batch, 1, forces, edge_index)
+    return model.restore(y, z, batch).item() * scale, (f.double() * model.std).cpu().numpy() * scale if forces else None
+
+
 def predict(checkpoint, source, out):
     """python finetune.py predict best.pt IN.xyz OUT.xyz: eV and eV/angstrom, or the property in its unit."""
     ase = need("ase", "reading and writing xyz")
@@ -781,9 +812,8 @@ def predict(checkpoint, source, out):
         raise InputError(f"{out} exists: remove it or choose another name")
     if not Path(out).parent.is_dir():
         raise InputError(f"{Path(out).parent}: no such folder to write {Path(out).name} in: create it first")
-    forces, unit = about["target"] == "energy_forces", about["unit"]
-    if forces and unit not in IN_EV:
-        raise InputError(f"{checkpoint}: energies in {unit}; known are {', '.join(IN_EV)}")
+    if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
+        raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     written = []
     with readable(Path(source)):
         read = list(read_xyz(Path(source)))
@@ -792,23 +822,23 @@ def predict(checkpoint, source, out):
             raise InputError(f"{source}: molecule {mol['id']} is {mol['skip']}")
         if cause := flaw(mol["z"], mol["pos"].astype(np.float32), {}):
             raise InputError(f"{source}: molecule {mol['id']} has {cause}")
-        z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"] - mol["pos"].mean(0)).float()
-        if strange := set(z.tolist()) - set(about["elements"]):
-            raise InputError(f"{source}: molecule {mol['id']} holds element {min(strange)}, unknown to {checkpoint}")
-        batch = torch.zeros_like(z)
-        y, f = model(z, pos, batch, 1, forces)
-        value = model.restore(y, z, batch).item()
+        try:
+            value, forces = predict_molecule(
+                model, about, torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
+            )
+        except InputError as error:
+            raise InputError(f"{source}: molecule {mol['id']}: {error}") from None
         atoms = ase.Atoms(mol["z"], mol["pos"])
-        if forces:
-            results = {"energy": value * IN_EV[unit], "forces": (f.double() * model.std).numpy() * IN_EV[unit]}
-            atoms.calc = calculators.SinglePointCalculator(atoms, **results)
+        if forces is None:
+            atoms.info |= {about["name"]: value, "unit": about["unit"]}
         else:
-            atoms.info |= {about["name"]: value, "unit": unit}
+            atoms.calc = calculators.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
     if not written:
         raise InputError(f"{source}: no molecules inside")
     write_atomically(Path(out), lambda path: ase.io.write(str(path), written, format="extxyz"))
-    print(f"{out}: {about['name']}{' and forces' if forces else ''} of {len(written)} molecules")
+    kind = f"{about['name']} and forces" if about["target"] == "energy_forces" else about["name"]
+    print(f"{out}: {kind} of {len(written)} molecules")
 
 
 def main(arguments):

@@ -694,14 +694,14 @@ def test_predict_writes_a_property(tiny):
 
 
 BAD_SETTINGS = [
-    ("gap", "target=gab", "gab", None),
+    ("gap", "target=gab", "gab", 2),
     ("gap", "target=", "target is not set", 2),
     ("gap", "target=energy_forces", "has no forces", 2),
     ("gap", "data=nowhere.h5", "nowhere.h5", 1),
     ("gap", "data=", "data is not set", 2),
     ("gap", "val_size=5000", "val_size = 5000", 2),
-    ("gap", "batch_size=101", "batch_size", None),
-    ("gap", "accumulate=3", "batch_size", None),
+    ("gap", "batch_size=101", "batch_size", 2),
+    ("gap", "accumulate=3", "batch_size", 2),
     ("gap", "ema_decay=1", "ema_decay = 1.0: must be below 1", 2),
     ("gap", "references=qm9", "there are none for gap", 2),
     ("gap", "head=vector", "one of auto, scalar, dipole, extent", 2),
@@ -710,8 +710,8 @@ BAD_SETTINGS = [
     ("gap", "model.max_num_neighbors=3", "max_num_neighbors", None),
     ("gap", "init_form=a.pt", "did you mean init_from", 2),
     ("gap", "lr=1e30", "the loss is", None),
-    ("gap", "train_size=1", "batch_size 8 is more than the 1 molecules", None),
-    ("forces", "target=gap", "gap", None),
+    ("gap", "train_size=1", "batch_size 8 is more than the 1 molecules", 2),
+    ("forces", "target=gap", "gap", 2),
     ("forces", "train_split=train", "no such split", 2),
 ]
 

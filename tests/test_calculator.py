@@ -1,0 +1,113 @@
+"""The ASE calculator: the same numbers as predict, forces that are the slope, a neighbour list that is never stale."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import pytest
+
+import finetune
+from calculator import SKIN, GeoReconCalculator, constant_energy
+from data import InputError
+
+ROOT = Path(__file__).parent.parent
+ETHANOL = ROOT / "data/ethanol_100.xyz"
+MODEL = {"embedding_dimension": 16, "num_layers": 2, "num_rbf": 16, "num_heads": 4, "vector_cutoff": "true"}
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    out = tmp_path_factory.mktemp("calculator") / "run"
+    sizes = [f"model.{key}={value}" for key, value in MODEL.items()]
+    steps = ["max_steps=30", "lr_cosine_length=30", "lr_warmup_steps=5", "val_every=30", "train_size=200"]
+    data = [f"data={ROOT / 'data/ethanol_demo.h5'}", "val_size=20", "test_size=20"]
+    finetune.main([str(ROOT / "configs/demo_forces.yaml"), f"out_dir={out}", *data, *steps, *sizes, "init_from="])
+    return out / "best.pt"
+
+
+@pytest.fixture
+def ethanol(best):
+    atoms = ase.io.read(ETHANOL, index=0)
+    atoms = ase.Atoms(atoms.numbers, atoms.positions)
+    atoms.calc = GeoReconCalculator(best)
+    return atoms
+
+
+def test_the_numbers_are_those_of_predict(ethanol, best, tmp_path):
+    finetune.main(["predict", str(best), str(ETHANOL), str(tmp_path / "out.xyz")])
+    predicted = ase.io.read(tmp_path / "out.xyz", index=0)
+    assert ethanol.get_potential_energy() == pytest.approx(predicted.get_potential_energy(), abs=1e-6)
+    assert np.allclose(ethanol.get_forces(), predicted.get_forces(), atol=1e-5)
+
+
+def test_forces_are_minus_the_slope_of_the_energy(ethanol):
+    ethanol.calc.model.double()
+    forces = ethanol.get_forces()
+    assert np.abs(forces).max() > 1e-3
+    for atom, axis in ((0, 0), (3, 2)):
+        energies = []
+        for step in (1e-4, -1e-4):
+            ethanol.positions[atom, axis] += step
+            energies.append(ethanol.get_potential_energy())
+            ethanol.positions[atom, axis] -= step
+        assert forces[atom, axis] == pytest.approx(-(energies[0] - energies[1]) / 2e-4, abs=1e-6)
+
+
+def test_the_pair_list_is_renewed_in_time(ethanol):
+    """A hydrogen goes away and comes back in steps below and above the skin; a new calculator never has an old list."""
+    ethanol.get_forces()
+    made = 0
+    for step in [*[0.15 * SKIN] * 8, 4 * SKIN, -4 * SKIN, *[-0.15 * SKIN] * 8]:
+        listed = ethanol.calc.listed
+        ethanol.positions[8, 0] += step
+        fresh = ethanol.copy()
+        fresh.calc = GeoReconCalculator.__new__(GeoReconCalculator)
+        fresh.calc.__dict__ |= ethanol.calc.__dict__ | {"listed": None, "atoms": None, "results": {}}
+        assert np.allclose(ethanol.get_forces(), fresh.get_forces(), atol=1e-6)
+        made += ethanol.calc.listed is not listed
+    assert 3 <= made < 18  # sometimes, not always
+
+
+def test_another_molecule_gets_a_list_of_its_own(ethanol, best):
+    ethanol.get_forces()
+    water = ase.Atoms("OH2", [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]], calculator=ethanol.calc)
+    alone = water.copy()
+    alone.calc = GeoReconCalculator(best)
+    assert np.allclose(water.get_forces(), alone.get_forces())
+
+
+def test_what_it_cannot_do_is_said(ethanol, tmp_path):
+    for atoms, words in ((ase.Atoms("NH3"), "element 7"), (ase.Atoms("H", cell=[5] * 3, pbc=True), "periodic")):
+        atoms.calc = ethanol.calc
+        with pytest.raises(InputError, match=words):
+            atoms.get_potential_energy()
+    with pytest.raises(InputError, match="best.pt"):
+        GeoReconCalculator(tmp_path / "nothing/best.pt")
+
+
+def test_total_energy_is_conserved(ethanol):
+    """0.05 ps: what leaks is small against the 0.3 eV that move between kinetic and potential energy."""
+    _, energies, temperatures = constant_energy(ethanol, ps=0.05, temperature=300)
+    kinetic = 1.5 * len(ethanol) * 8.617e-5 * temperatures
+    assert np.ptp(energies) < 0.05 * np.ptp(kinetic) and np.ptp(kinetic) > 0.05
+
+
+def test_the_program(best, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "calculator.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    done = run(best, ETHANOL, "nve.png", "ps=0.01")
+    assert done.returncode == 0 and "meV per atom and ps" in done.stdout
+    assert (tmp_path / "nve.png").stat().st_size > 5000
+    for arguments, code, words in (
+        ([], 2, "python calculator.py"),
+        ([best, ETHANOL, "nve.pdf"], 2, "png or .svg"),
+        ([best, ETHANOL, "nve.png", "ps=x"], 2, "ps=2"),
+        ([best, "no.xyz", "nve.png"], 1, "no.xyz"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
