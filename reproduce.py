@@ -207,34 +207,130 @@ def by_task(results):
 
 
 def table(results):
-    """Lines of the README's table: a pretraining run a line, or a test figure of fine-tuning a line."""
-    if "target" in results[0]:
-        for task, starts in by_task(results).items():
-            first = next(iter(starts.values()))[0]
-            for split, found in first["test"].items():
-                for name in (name for name in found if "rmse" not in name and "per_atom" not in name):
-                    cells = []
-                    for start in ("scratch", "coord", "georecon"):
-                        values = [result["test"][split][name] for result in starts.get(start, ())]
-                        cells.append(" / ".join(f"{value:.4g}" for value in values))
-                    unit = first["units"].get(name, "")
-                    yield f"| {task} | {split} | {name} | {unit} | {first['steps']:,} | {' | '.join(cells)} |"
-        return
-    names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
+    """Lines of the README's table: an arm of a study of smoothness a line, a test figure of fine-tuning, or a run."""
+    if "smoothness" in results[0]:
+        yield from smoothness_table(results)
+    elif "target" in results[0]:
+        yield from errors_table(results)
+    else:
+        names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
+        for result in results:
+            losses = " | ".join(f"{result['val'][name]:.4f}" if name in result["val"] else "" for name in names)
+            seed, steps, where = result["seed"], f"{result['steps']:,}", result["device"]
+            yield f"| {result['study']} | {result['objective']} | {seed} | {steps} | {losses} | {where} |"
+
+
+def errors_table(results):
+    for task, starts in by_task(results).items():
+        first = next(iter(starts.values()))[0]
+        for split, found in first["test"].items():
+            for name in (name for name in found if "rmse" not in name and "per_atom" not in name):
+                cells = []
+                for start in ("scratch", "coord", "georecon"):
+                    values = [result["test"][split][name] for result in starts.get(start, ())]
+                    cells.append(" / ".join(f"{value:.4g}" for value in values))
+                unit = first["units"].get(name, "")
+                yield f"| {task} | {split} | {name} | {unit} | {first['steps']:,} | {' | '.join(cells)} |"
+
+
+def at_end(result, kind):
+    """What lipschitz.py found of a run's last step."""
+    return list(result[kind].values())[-1]
+
+
+def use_at_end(result):
+    return list(result["graph_embedding"].values())[-1]
+
+
+SMOOTHNESS = {
+    "loss_noise": lambda result: result["val"]["loss_noise"],
+    "loss_rec": lambda result: result["val"].get("loss_rec"),
+    "LLC": lambda result: at_end(result, "smoothness")["llc"]["median"],
+    "p95": lambda result: at_end(result, "smoothness")["llc"]["p95"],
+    "noised": lambda result: at_end(result, "smoothness_noised")["llc"]["median"],
+    "LLC/&#124;h&#124;": lambda result: at_end(result, "smoothness")["llc_by_norm"]["median"],
+    "standardised": lambda result: at_end(result, "smoothness")["llc_standardised"]["median"],
+    "isomer's g, %": lambda result: use_at_end(result).get("rise_isomer"),
+    "mean g, %": lambda result: use_at_end(result).get("rise_mean"),
+    "R2 torsion": lambda result: use_at_end(result)["r2_torsion"],
+    "identity": lambda result: use_at_end(result)["identified"],
+    "H, ridge, meV": lambda result: result["probe_H"]["test"]["H_mae_ridge"],
+}
+
+
+def by_arm(results):
+    """{arm: [result of each seed]}."""
+    arms = {}
     for result in results:
-        losses = " | ".join(f"{result['val'][name]:.4f}" if name in result["val"] else "" for name in names)
-        seed, steps, where = result["seed"], f"{result['steps']:,}", result["device"]
-        yield f"| {result['study']} | {result['objective']} | {seed} | {steps} | {losses} | {where} |"
+        arms.setdefault(result["run"].rpartition("_s")[0], []).append(result)
+    return arms
+
+
+def smoothness_table(results):
+    yield f"| arm | {' | '.join(SMOOTHNESS)} |"
+    yield "|---" * (1 + len(SMOOTHNESS)) + "|"
+    for arm, runs in by_arm(results).items():
+        cells = []
+        for figure in SMOOTHNESS.values():
+            values = [figure(run) for run in runs]
+            cells.append(" / ".join("" if value is None else f"{value:.3g}" for value in values))
+        yield f"| {arm} | {' | '.join(cells)} |"
 
 
 def draw(study):
-    """results/STUDY/loss.png or errors.png, from the study's JSON."""
+    """results/STUDY/<kind>.png, from the study's JSON."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         raise InputError("drawing needs matplotlib: pip install matplotlib") from None
     results = read_results(study)
-    (draw_errors if "target" in results[0] else draw_losses)(plt, results, ROOT / "results" / study)
+    if "smoothness" in results[0]:
+        draw_smoothness(plt, results, ROOT / "results" / study)
+        draw_use(plt, results, ROOT / "results" / study)
+    else:
+        (draw_errors if "target" in results[0] else draw_losses)(plt, results, ROOT / "results" / study)
+
+
+def draw_smoothness(plt, results, folder):
+    """LLC over the steps, at clean geometries and at noised ones; a panel for each kind of norms."""
+    panels = {}
+    for arm, runs in by_arm(results).items():
+        objective, _, norms = arm.rpartition("_")
+        panels.setdefault(norms if objective else "", {})[objective or arm] = runs
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", sharey=True, squeeze=False
+    )
+    markers, colors = "osv^Dx+*<", ("black", "tab:orange", "tab:blue", "0.6", "tab:green", "tab:red")
+    for axis, (norms, arms) in zip(axes[0], panels.items(), strict=True):
+        for k, (label, runs) in enumerate(arms.items()):
+            for run in runs:
+                for kind, line in (("smoothness", "-"), ("smoothness_noised", ":")):
+                    medians = [found["llc"]["median"] for found in run[kind].values()]
+                    shown = label if run is runs[0] and line == "-" else None
+                    axis.plot(medians, line, marker=markers[k % 9], color=colors[k % 6], lw=1.2, ms=4, label=shown)
+        steps = [name.rpartition("_")[2] for name in run["smoothness"]]
+        axis.set_xticks(range(len(steps)), steps)
+        axis.set(yscale="log", xlabel="step", title=f"{norms}\n(dotted: at noised geometries)".strip())
+        axis.legend(frameon=False, fontsize=8)
+    axes[0, 0].set_ylabel("median LLC, 1/angstrom")
+    figure.savefig(folder / "smoothness.png", dpi=110)
+
+
+def draw_use(plt, results, folder):
+    """How much the decoder loses with another molecule's graph embedding, a point a seed."""
+    arms = {arm: runs for arm, runs in by_arm(results).items() if use_at_end(runs[0]).get("rise_isomer") is not None}
+    figure, axis = plt.subplots(figsize=(5, 1 + 0.28 * len(arms)), layout="constrained")
+    for place, runs in enumerate(arms.values()):
+        for name, marker, color in (("rise_isomer", "o", "black"), ("rise_mean", "x", "tab:red")):
+            label = {"rise_isomer": "an isomer's", "rise_mean": "the mean"}[name] if place == 0 else None
+            values = [use_at_end(run)[name] for run in runs]
+            axis.plot(values, [place] * len(values), marker, color=color, ms=5, label=label)
+    axis.axvline(0, color="0.7", lw=0.8, zorder=0)
+    axis.set_yticks(range(len(arms)), list(arms))
+    axis.invert_yaxis()
+    axis.set(xlabel="rise of the rec loss, %, with a graph embedding that is")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "use_of_g.png", dpi=110)
 
 
 def draw_errors(plt, results, folder):
