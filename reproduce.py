@@ -124,21 +124,31 @@ def folder(study, run):
     return ROOT / "out" / study / run
 
 
+NOISES = (0.005, 0.01, 0.02, 0.04, 0.08)  # angstrom, where the smoothness of the last step is measured too
+
+
 def analyses(study, run):
     """What is measured of a pretraining run once it is done: {key of its JSON: (command, file, key in the file)}."""
     if study not in ("control", "control_long", "alpha", "graph_embedding"):
         return {}
     out, qm9 = f"out/{study}/{run}", ["data=data/qm9.h5", "split=test"]
     (kept,) = (argument.partition("=")[2] for argument in STUDIES[study][run] if argument.startswith("keep_steps"))
-    smooth = ["lipschitz.py", *(f"{out}/step_{step}.pt" for step in kept.split(",")), *qm9]
-    smooth += ["num_molecules=50", "iterations=15"]
+    few = [*qm9, "num_molecules=50", "iterations=15"]
+    smooth = ["lipschitz.py", *(f"{out}/step_{step}.pt" for step in kept.split(",")), *few]
+    noised = {
+        f"noised_{noise}": (
+            ["lipschitz.py", f"{out}/last.pt", *few, f"position_noise_scale={noise}", f"out_dir={out}/noised_{noise}"],
+            f"{out}/noised_{noise}/lipschitz.json",
+            "summary",
+        )
+        for noise in NOISES
+    }
     use = ["graph_embedding.py", f"{out}/step_0.pt", f"{out}/last.pt", *qm9]
     probe = ["finetune.py", "configs/probe_qm9.yaml", "target=H", "train_split=val", "val_split=train", "train_size=0"]
     probe += ["val_size=1000", f"init_from={out}/encoder.pt"]
-    noised = "position_noise_scale=0.04"
     return {
         "smoothness": ([*smooth, f"out_dir={out}/clean"], f"{out}/clean/lipschitz.json", "summary"),
-        "smoothness_noised": ([*smooth, noised, f"out_dir={out}/noised"], f"{out}/noised/lipschitz.json", "summary"),
+        **noised,
         "graph_embedding": ([*use, f"out_dir={out}/use"], f"{out}/use/graph_embedding.json", "checkpoints"),
         "probe_H": ([*probe, f"out_dir={out}/probe"], f"{out}/probe/metrics.json", "test"),
     }
@@ -247,7 +257,8 @@ SMOOTHNESS = {
     "loss_rec": lambda result: result["val"].get("loss_rec"),
     "LLC": lambda result: at_end(result, "smoothness")["llc"]["median"],
     "p95": lambda result: at_end(result, "smoothness")["llc"]["p95"],
-    "noised": lambda result: at_end(result, "smoothness_noised")["llc"]["median"],
+    "at 0.01 &#8491;": lambda result: at_end(result, "noised_0.01")["llc"]["median"],
+    "at 0.04 &#8491;": lambda result: at_end(result, "noised_0.04")["llc"]["median"],
     "LLC/&#124;h&#124;": lambda result: at_end(result, "smoothness")["llc_by_norm"]["median"],
     "standardised": lambda result: at_end(result, "smoothness")["llc_standardised"]["median"],
     "isomer's g, %": lambda result: use_at_end(result).get("rise_isomer"),
@@ -292,27 +303,33 @@ def draw(study):
 
 
 def draw_smoothness(plt, results, folder):
-    """LLC over the steps, at clean geometries and at noised ones; a panel for each kind of norms."""
-    panels = {}
+    """Median LLC over the steps, and of the last step over the distance from equilibrium; a column for each norms."""
+    columns = {}
     for arm, runs in by_arm(results).items():
         objective, _, norms = arm.rpartition("_")
-        panels.setdefault(norms if objective else "", {})[objective or arm] = runs
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", sharey=True, squeeze=False
-    )
+        columns.setdefault(norms if objective else "", {})[objective or arm] = runs
+    size = {"figsize": (3.6 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(2, len(columns), **size)
     markers, colors = "osv^Dx+*<", ("black", "tab:orange", "tab:blue", "0.6", "tab:green", "tab:red")
-    for axis, (norms, arms) in zip(axes[0], panels.items(), strict=True):
+    for column, (norms, arms) in enumerate(columns.items()):
+        over_steps, over_noise = axes[:, column]
         for k, (label, runs) in enumerate(arms.items()):
+            style = {"marker": markers[k % 9], "color": colors[k % 6], "lw": 1.2, "ms": 4}
             for run in runs:
-                for kind, line in (("smoothness", "-"), ("smoothness_noised", ":")):
-                    medians = [found["llc"]["median"] for found in run[kind].values()]
-                    shown = label if run is runs[0] and line == "-" else None
-                    axis.plot(medians, line, marker=markers[k % 9], color=colors[k % 6], lw=1.2, ms=4, label=shown)
+                style["label"] = label if run is runs[0] else None
+                over_steps.plot([found["llc"]["median"] for found in run["smoothness"].values()], **style)
+                noised = [
+                    at_end(run, kind)["llc"]["median"] for kind in ("smoothness", *map("noised_{}".format, NOISES))
+                ]
+                over_noise.plot(noised, **style)
         steps = [name.rpartition("_")[2] for name in run["smoothness"]]
-        axis.set_xticks(range(len(steps)), steps)
-        axis.set(yscale="log", xlabel="step", title=f"{norms}\n(dotted: at noised geometries)".strip())
-        axis.legend(frameon=False, fontsize=8)
-    axes[0, 0].set_ylabel("median LLC, 1/angstrom")
+        over_steps.set_xticks(range(len(steps)), steps)
+        over_noise.set_xticks(range(1 + len(NOISES)), ["0", *map(str, NOISES)])
+        over_steps.set(yscale="log", xlabel="step", title=norms)
+        over_noise.set(yscale="log", xlabel="noise on the geometry, angstrom (at the last step)")
+        over_steps.legend(frameon=False, fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("median LLC, 1/angstrom")
     figure.savefig(folder / "smoothness.png", dpi=110)
 
 
