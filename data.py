@@ -235,6 +235,9 @@ class Molecules:
             if "forces" not in self.units:
                 raise InputError(f"{self.path}: the file has no forces")
             arrays["forces"] = self._atoms("forces", np.float32, runs).reshape(-1, 3)
+            bad = ~np.isfinite(arrays["forces"]).all(axis=1)
+            if bad.any():
+                raise InputError(f"{self.path}: molecule {index[batch[bad.argmax()]]} has a force that is not finite")
         return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
     def _atoms(self, name, dtype, runs):
@@ -296,11 +299,15 @@ class StepBatches(torch.utils.data.Dataset):
         self.steps_per_epoch = len(self.index) // batch_size
         self._epoch = self._order = None
 
-    def __getitem__(self, step):
+    def chosen(self, step):
+        """Indices of the molecules of the global batch (batch_size,), the same on every rank."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self.index[epoch_order(len(self.index), self.seed, epoch)]
-        whole = self._order[place * self.batch_size : (place + 1) * self.batch_size]  # the same on every rank
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def __getitem__(self, step):
+        whole = self.chosen(step)
         first_atom = np.concatenate([[0], np.cumsum(self.molecules.ptr[whole + 1] - self.molecules.ptr[whole])])
         size = self.batch_size // (self.world * self.micro)
         parts = []

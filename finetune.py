@@ -35,7 +35,6 @@ from torch.nn.functional import l1_loss, mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from data import InputError, StepBatches, check_file, cli, flaw, need, read_xyz, readable, sha256, split_indices
 from model import (
@@ -54,13 +53,16 @@ from pretrain import (
     Log,
     barrier,
     check_same_run,
+    check_weights,
     claim_run_folder,
+    grad_norm,
     named_split,
     num_parameters,
     open_data,
     open_run_folder,
     provenance,
     run_stage,
+    run_steps,
     standard_normal,
     sum_over_ranks,
     write_atomically,
@@ -387,6 +389,8 @@ def read_weights(path, remedy):
         raise InputError(f"{path} {reason} ({type(error).__name__}); {hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not weights by name")
+    inner = content.get("state_dict", content)
+    check_weights(inner if isinstance(inner, dict) else {}, path)
     return content
 
 
@@ -674,8 +678,7 @@ def finetune(config, device, rank, world):
             raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
         state = {key: checkpoint[key] for key in state}
     barrier()  # every rank has looked at the folder before rank 0 writes to it
-    if rank == 0:
-        claim_run_folder(config, state["step"] if checkpoint else None)
+    lock = claim_run_folder(config, state["step"] if checkpoint else None) if rank == 0 else None
     log = Log(folder / "log.jsonl", state["step"], config.max_steps, active=rank == 0)
     parts = {"train": train, "val": val, **tests}
     sizes = {name: len(index) for name, index in parts.items()}
@@ -691,6 +694,7 @@ def finetune(config, device, rank, world):
                 config, val_errors, test_errors, labels, sizes, best_step, parameters, wall_s, data_sha256
             )
             write_text(folder / "metrics.json", json.dumps(metrics | made_by, indent=1) + "\n")
+            lock.close()
             for line in report(metrics):
                 log.say(line)
             log.say(f"{wall_s:.0f} s; the run is in {folder}")
@@ -714,6 +718,9 @@ def finetune(config, device, rank, world):
         write_atomically(folder / "best.pt", lambda path: torch.save(content, path))
 
     def save(step):
+        if rank:
+            return
+        check_weights(module.state_dict(), f"step {step}")
         content = {"schema": "georecon/1", "config": asdict(config), "data_sha256": data_sha256, **state}
         content |= {"step": step, "wall_s": time.perf_counter() - began, "state_dict": module.state_dict()}
         content |= {"optimizer": optimizer.state_dict(), "plateau": plateau.state_dict()}
@@ -730,50 +737,28 @@ def finetune(config, device, rank, world):
             state["best_val"], state["best_step"] = found, step
             if rank == 0:
                 save_best(step)
-        return found
+        if config.lr_schedule == "plateau" and step > config.lr_warmup_steps:
+            plateau.step(score(found, labels, config))
 
     if not checkpoint:
         validate(0)
-        if rank == 0 and 0 in config.keep_steps:
+        if 0 in config.keep_steps:
             save(0)
-    start = state["step"]
-    loader = DataLoader(source, None, sampler=range(start, config.max_steps), num_workers=config.num_workers)
-    window, window_began = [], time.perf_counter()
-    for step, parts in enumerate(loader, start):
+
+    def take_step(step, parts):
         if config.lr_schedule != "plateau" or step < config.lr_warmup_steps:
             optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         lr = optimizer.param_groups[0]["lr"]
         share = train_step(net, parts, step, labels, config, device, world)
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(trained, config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(trained, config.clip_norm) if config.clip_norm else grad_norm(trained)
+        share["grad_norm"] = norm / world  # the ranks' shares are summed, the norm is the same
         optimizer.step()
         optimizer.zero_grad()
         if average:
             average.update_parameters(model)
-        window.append(torch.stack(list(share.values())))
-        log.bar.update()
+        return lr, share
 
-        done = step + 1
-        last = done == config.max_steps
-        saving = last or done % config.save_every == 0 or done in config.keep_steps
-        if saving or done % config.log_every == 0:
-            means = dict(zip(share, sum_over_ranks(torch.stack(window).mean(0)).tolist(), strict=True))
-            if not math.isfinite(means["loss"]):
-                raise InputError(
-                    f"the loss is {means['loss']} between step {done - len(window)} and {done}; {folder / 'last.pt'}, "
-                    "if there is one, is the last good state: lower lr, or look at the data with data.py info"
-                )
-        if last or done % config.log_every == 0:
-            speed = len(window) * config.batch_size / (time.perf_counter() - window_began)
-            log.write({"step": done, "split": "train", **means, "lr": lr, "molecules_per_s": round(speed, 1)})
-            window, window_began = [], time.perf_counter()
-        if last or done % config.val_every == 0:
-            found = validate(done)
-            if config.lr_schedule == "plateau" and done > config.lr_warmup_steps:
-                plateau.step(score(found, labels, config))
-            window_began = time.perf_counter()
-        if saving and rank == 0:
-            save(done)
+    run_steps(config, source, state["step"], take_step, validate, save, log, device, world)
     barrier()  # best.pt is whole
     log.bar.close()
     best, about = load_property_model(folder / "best.pt")

@@ -25,10 +25,11 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -36,9 +37,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
 
 from data import InputError, Molecules, StepBatches, cli, split_indices
 from model import EquivariantMultiHeadAttention, EquivariantTransformer, ModelConfig, Pretraining, save_encoder, setting
@@ -330,17 +337,21 @@ def open_run_folder(config):
 
 
 def claim_run_folder(config, start):
-    """Make the folder and write config.yaml; of two processes that start the same new run, one is refused."""
+    """Make the folder and write config.yaml -> an open file whose lock lasts as long as it is open.
+
+    Of two processes that start or resume the same run, one is refused.
+    """
     folder = Path(config.out_dir)
     path = folder / "config.yaml"
     settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.touch(exist_ok=may_resume(config))
-    except FileExistsError:
-        raise InputError(
-            f"{folder} cannot be used: a file bears that name, or another run has just started there"
-        ) from None
+        lock = open(folder / ".lock", "w")  # noqa: SIM115, it stays open
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileExistsError, BlockingIOError):
+        raise InputError(f"{folder} cannot be used: a file bears that name, or another run is at work there") from None
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}; choose another out_dir=") from None
     for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
@@ -348,6 +359,14 @@ def claim_run_folder(config, start):
     (folder / "metrics.json").unlink(missing_ok=True)  # of a run that is now made longer
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
     drop_log_after(folder / "log.jsonl", -1 if start is None else start)
+    return lock
+
+
+def check_weights(state_dict, path):
+    """Refuse weights that are not finite: of a run that went wrong, or of a damaged file."""
+    for name, value in state_dict.items():
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite: go back to an earlier step_<n>.pt, or start anew")
 
 
 def load_checkpoint(path):
@@ -360,6 +379,7 @@ def load_checkpoint(path):
     needed = {"config", "data_sha256", "step", "wall_s", "first_val", "last_val", "state_dict", "optimizer"}
     if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or needed - checkpoint.keys():
         raise InputError(f"{path} is no checkpoint of a georecon/1 run")
+    check_weights(checkpoint["state_dict"], path)
     return checkpoint
 
 
@@ -462,6 +482,104 @@ def train_step(net, parts, step, device, config, world):
         for name, loss in losses.items():
             share[name] = share.get(name, 0.0) + loss.detach() * weight
     return share
+
+
+def grad_norm(parameters):
+    """Norm of the whole gradient: a scalar tensor."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+@contextmanager
+def stop_signals():
+    """A list that the first SIGTERM or SIGINT puts its number in, for the loop to end in order; a second one kills."""
+    caught = []
+
+    def note(number, _):
+        caught.append(number)
+        for n in previous:
+            signal.signal(n, previous[n])
+
+    previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    for n in previous:
+        signal.signal(n, note)
+    try:
+        yield caught
+    finally:
+        for n in previous:
+            signal.signal(n, previous[n])
+
+
+def asked_to_stop(caught, done, device, world):
+    """Number of the signal that some rank has caught, else 0; several ranks agree on it at every tenth step."""
+    number = caught[0] if caught else 0
+    if world == 1:
+        return number
+    if done % 10:
+        return 0
+    seen = torch.tensor(number, device=device)
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return int(seen)
+
+
+def means_if_finite(values, names, done, source, config, rank):
+    """Means by name of what the last steps gave, values (steps, names); else stop and say whose step it was."""
+    bad = ~values.isfinite().all(1)
+    if not bad.any():
+        return dict(zip(names, values.mean(0).tolist(), strict=True))
+    row = int(bad.nonzero()[0])
+    step, found = done - len(values) + row, dict(zip(names, map(str, values[row].tolist()), strict=True))
+    path, last = Path(config.out_dir) / "not_finite.json", Path(config.out_dir) / "last.pt"
+    if rank == 0:
+        ids = source.molecules.ids[source.chosen(step)].tolist()
+        write_text(path, json.dumps({"step": step + 1, "losses": found, "molecules": ids}, indent=1) + "\n")
+    good = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
+    raise InputError(
+        f"the loss is {found['loss']}, its gradient {found['grad_norm']} at step {step + 1}; {path} names that step's "
+        f"molecules; {good}: lower lr, or look at the data with data.py info"
+    )
+
+
+def run_steps(config, source, start, take_step, validate, save, log, device, world):
+    """The loop of both stages, from step start to max_steps or to a signal: it logs, validates and saves.
+
+    take_step(step, parts) -> the learning rate, and this rank's share of the losses and of grad_norm, by name.
+    """
+    pinned = device.type == "cuda"
+    steps = range(start, config.max_steps)
+    loader = DataLoader(source, batch_size=None, sampler=steps, num_workers=config.num_workers, pin_memory=pinned)
+    window, window_began = [], time.perf_counter()
+    with stop_signals() as caught:
+        for step, parts in enumerate(loader, start):
+            lr, share = take_step(step, parts)
+            window.append(torch.stack(list(share.values())))
+            log.bar.update()
+
+            done = step + 1
+            last = done == config.max_steps
+            stop = asked_to_stop(caught, done, device, world)
+            logging = last or done % config.log_every == 0
+            saving = last or stop or done % config.save_every == 0 or done in config.keep_steps
+            if logging or saving:
+                values = sum_over_ranks(torch.stack(window))
+                means = means_if_finite(values, list(share), done, source, config, source.rank)
+            if logging:
+                elapsed = max(time.perf_counter() - window_began, 1e-9)
+                rate = round(len(window) * config.batch_size / elapsed, 1)
+                log.write({"step": done, "split": "train", **means, "lr": lr, "molecules_per_s": rate})
+                window = []
+            if last or done % config.val_every == 0:
+                validate(done)
+            if saving:
+                save(done)
+            if stop and not last:
+                log.bar.close()
+                name = signal.Signals(stop).name
+                message = (
+                    f"stopped by {name} after step {done}, which {config.out_dir}/last.pt holds: resume=true goes on"
+                )
+                raise InputError(message, code=128 + stop)
+            if not window:
+                window_began = time.perf_counter()
 
 
 def open_data(config):
@@ -586,8 +704,7 @@ def pretrain(config, device, rank, world):
         start, elapsed = checkpoint["step"], checkpoint["wall_s"]
         first_val, last_val = checkpoint["first_val"], checkpoint["last_val"]
     barrier()  # every rank has looked at the folder before rank 0 writes to it
-    if rank == 0:
-        claim_run_folder(config, start if checkpoint else None)
+    lock = claim_run_folder(config, start if checkpoint else None) if rank == 0 else None
     log = Log(folder / "log.jsonl", start, config.max_steps, active=rank == 0)
     for line in describe(config, len(source.index), model, device, world):
         log.say(line)
@@ -597,6 +714,7 @@ def pretrain(config, device, rank, world):
 
     def save(step):
         if rank == 0:
+            check_weights(model.state_dict(), f"step {step}")
             content = {
                 "schema": "georecon/1",
                 "config": asdict(config),
@@ -615,51 +733,25 @@ def pretrain(config, device, rank, world):
             write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
 
     def validate(step):
-        losses = evaluate(model, val_batches, device, config, rank, world)
-        log.write({"step": step, "split": "val", **losses})
-        return losses
+        nonlocal first_val, last_val
+        last_val = evaluate(model, val_batches, device, config, rank, world)
+        first_val = first_val or last_val
+        log.write({"step": step, "split": "val", **last_val})
 
-    first_val = first_val or validate(0)
-    last_val = last_val or first_val
+    if not first_val:
+        validate(0)
     if start == 0 and 0 in config.keep_steps:
         save(0)
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=range(start, config.max_steps),
-        num_workers=config.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    window, window_began = [], time.perf_counter()
-    for step, parts in enumerate(loader, start):
+
+    def take_step(step, parts):
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
         share = train_step(net, parts, step, device, config, world)
+        share["grad_norm"] = grad_norm(model.parameters()) / world  # the ranks' shares are summed, the norm is the same
         optimizer.step()
         optimizer.zero_grad()
-        window.append(torch.stack(list(share.values())))
-        log.bar.update()
+        return lr, share
 
-        done = step + 1
-        last = done == config.max_steps
-        saving = last or done % config.save_every == 0 or done in config.keep_steps
-        if last or saving or done % config.log_every == 0:
-            means = dict(zip(share, sum_over_ranks(torch.stack(window).mean(0)).tolist(), strict=True))
-            if not math.isfinite(means["loss"]):
-                raise InputError(
-                    f"the loss is {means['loss']} between step {done - len(window)} and {done}; "
-                    f"{folder / 'last.pt'} is the last good state: lower lr, or look at the data with data.py info"
-                )
-        if last or done % config.log_every == 0:
-            rate = len(window) * config.batch_size / (time.perf_counter() - window_began)
-            log.write({"step": done, "split": "train", **means, "lr": lr, "molecules_per_s": round(rate, 1)})
-            window = []
-        if last or done % config.val_every == 0:
-            last_val = validate(done)
-        if saving:
-            save(done)
-        if not window:
-            window_began = time.perf_counter()
-
+    run_steps(config, source, start, take_step, validate, save, log, device, world)
     log.bar.close()
     if rank == 0:
         wall_s = time.perf_counter() - began
@@ -668,6 +760,7 @@ def pretrain(config, device, rank, world):
         write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         for line in report(first_val, last_val):
             log.say(line)
+        lock.close()
         log.say(f"{wall_s:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}")
 
 

@@ -233,7 +233,7 @@ def test_metrics_are_the_errors_of_best_pt(tiny):
     assert found["forces_mae"] == pytest.approx(force_error.abs().mean().item(), rel=1e-5)
     assert found["forces_rmse"] == pytest.approx(force_error.square().mean().sqrt().item(), rel=1e-5)
     assert about["val"] == metrics["val"] and about["step"] == metrics["best_step"]
-    names = {"config.yaml", "log.jsonl", "last.pt", "best.pt", "metrics.json"}
+    names = {"config.yaml", "log.jsonl", "last.pt", "best.pt", "metrics.json", ".lock"}
     assert {path.name for path in folder.iterdir()} == names
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -223,13 +223,13 @@ def test_learning_rate():
 def test_a_run_leaves_what_design_promises(tiny):
     pretrain.main([str(tiny), "keep_steps=10"])
     folder = Path("out/tiny")
-    names = {"config.yaml", "log.jsonl", "last.pt", "encoder.pt", "metrics.json", "step_10.pt"}
+    names = {"config.yaml", "log.jsonl", "last.pt", "encoder.pt", "metrics.json", "step_10.pt", ".lock"}
     assert {path.name for path in folder.iterdir()} == names
     assert [record["step"] for record in read_log(folder)] == list(range(1, 21))
     assert [record["step"] for record in read_log(folder, "val")] == [0, 10, 20]
     train, val = read_log(folder)[-1], read_log(folder, "val")[-1]
     losses = {"loss", "loss_noise", "loss_clean", "loss_rec"}
-    assert losses | {"lr", "molecules_per_s", "step", "split"} == set(train)
+    assert losses | {"grad_norm", "lr", "molecules_per_s", "step", "split"} == set(train)
     assert losses | {"loss_rec_shuffled", "step", "split"} == set(val)
     assert train["loss"] == pytest.approx(
         train["loss_noise"] + train["loss_clean"] + 0.45 * train["loss_rec"], rel=1e-5
@@ -372,9 +372,14 @@ def test_of_two_runs_started_at_once_one_is_refused(tiny):
     config = load_config(PretrainConfig, [str(tiny)], "")
     assert pretrain.open_run_folder(config) is None  # both look at the folder before either writes to it
     assert pretrain.open_run_folder(config) is None
-    pretrain.claim_run_folder(config, None)
-    with pytest.raises(InputError, match="another run has just started there"):
+    held = pretrain.claim_run_folder(config, None)
+    with pytest.raises(InputError, match="another run is at work there"):
         pretrain.claim_run_folder(config, None)
+    again = replace(config, resume=True)
+    with pytest.raises(InputError, match="another run is at work there"):
+        pretrain.claim_run_folder(again, None)
+    held.close()
+    pretrain.claim_run_folder(again, None)
 
 
 @pytest.mark.parametrize("rename", range(3, 12))
@@ -467,5 +472,8 @@ def test_a_damaged_checkpoint_is_refused(tiny, damage):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     with pytest.raises(InputError, match="loss is (nan|inf)"):
         pretrain.main([str(tiny), "lr=1e30"])
+    named = json.loads(Path("out/tiny/not_finite.json").read_text())
+    ids = Molecules(DEMO).ids[pretrain.load_data(load_config(PretrainConfig, [str(tiny)], ""), 0, 1)[1].chosen(1)]
+    assert named["step"] == 2 and named["molecules"] == ids.tolist()
     encoder = load_encoder("out/tiny/encoder.pt") if Path("out/tiny/encoder.pt").exists() else None
     assert encoder is None or all(p.isfinite().all() for p in encoder.parameters())
