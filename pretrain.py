@@ -337,7 +337,7 @@ def open_run_folder(config):
 
 
 def claim_run_folder(config, start):
-    """Make the folder and write config.yaml -> an open file whose lock lasts as long as it is open.
+    """Make the folder and write config.yaml -> an open file whose lock lasts until it is closed.
 
     Of two processes that start or resume the same run, one is refused.
     """
@@ -349,7 +349,7 @@ def claim_run_folder(config, start):
         path.touch(exist_ok=may_resume(config))
         lock = open(folder / ".lock", "w")  # noqa: SIM115, it stays open
         if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileExistsError, BlockingIOError):
         raise InputError(f"{folder} cannot be used: a file bears that name, or another run is at work there") from None
     except OSError as error:
