@@ -101,7 +101,9 @@ def main(arguments):
     plt = need("matplotlib.pyplot", "drawing")
     keep_freed_memory()
     with readable(Path(start)):
-        first = next(read_xyz(Path(start)))
+        first = next(read_xyz(Path(start)), None)
+    if first is None or "skip" in first:
+        raise InputError(f"{start}: {first['skip'] if first else 'no molecules inside'}")
     atoms = need("ase", "dynamics").Atoms(first["z"], first["pos"])
     atoms.calc = GeoReconCalculator(checkpoint)
     began = time.perf_counter()

@@ -122,6 +122,16 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def coincident(pos, batch):
+    """First molecule with two atoms closer than MIN_DISTANCE, or None: pos (N, 3), batch (N,) sorted."""
+    later = np.searchsorted(batch, batch, side="right") - 1 - np.arange(len(batch))  # (N,) after i in its molecule
+    i = np.repeat(np.arange(len(batch)), later)  # all pairs i < j of a molecule
+    j = np.arange(len(i)) - np.repeat(np.cumsum(later) - later, later) + i + 1
+    apart = pos[i] - pos[j]
+    close = np.einsum("pk,pk->p", apart, apart) < MIN_DISTANCE**2
+    return int(batch[i[close.argmax()]]) if close.any() else None
+
+
 def file_state(path):
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -230,6 +240,8 @@ class Molecules:
         if bad.any():
             which = f"{self.path}: molecule {index[batch[bad.argmax()]]}"
             raise InputError(f"{which} has a position that is not finite or an atomic number beyond 1..118")
+        if (molecule := coincident(pos, batch)) is not None:
+            raise InputError(f"{self.path}: molecule {index[molecule]} has atoms that coincide")
         arrays = {"z": z.astype(np.int64), "pos": pos, "batch": batch}
         if forces:
             if "forces" not in self.units:
@@ -426,7 +438,7 @@ def copy_part(part, dataset, rows=1 << 20):
 @contextmanager
 def readable(*paths):
     """Whatever goes wrong while reading raw files becomes one line that names them."""
-    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, NotImplementedError, csv.Error)
+    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError, csv.Error)
     try:
         yield
     except (*wrong, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:

@@ -259,7 +259,7 @@ def load_step(path):
             key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")
         }
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, InputError) as error:
         raise InputError(f"{path} is no step_<n>.pt of finetune.py: {' '.join(str(error).split())[:200]}") from None
     return model.double(), config, content["step"]
 
