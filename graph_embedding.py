@@ -157,8 +157,13 @@ def descriptors(arrays, num_molecules):
 
 
 def r_squared(features, y):
-    """R^2 of a ridge regression on the last fifth, fitted on the first three, penalty chosen on the fourth."""
+    """R^2 of a ridge regression on the last fifth, fitted on the first three, penalty chosen on the fourth.
+
+    None where y does not vary.
+    """
     known = np.isfinite(y)
+    if not np.std(y[known]) > 1e-9:
+        return None
     features, y = features[known], torch.from_numpy(y[known])
     a, b = int(0.6 * len(y)), int(0.8 * len(y))
     features = (features - features[:a].mean(0)) / features[:a].std(0).clamp(min=1e-8)
@@ -193,7 +198,7 @@ def hold(clean, noised, known, formulas):
     varying = [column for column in known.composition.T if column.std() > 0]
     return {
         "r2_size": r_squared(g, known.size),
-        "r2_composition": float(np.mean([r_squared(g, column) for column in varying])) if varying else math.nan,
+        "r2_composition": float(np.mean([r_squared(g, column) for column in varying])) if varying else None,
         "r2_gyration": r_squared(g, beyond(known.composition, known.gyration)),
         "r2_torsion": r_squared(g, beyond(known.composition, known.torsion)),
         **identified(g, noised.double(), formulas),
@@ -210,7 +215,7 @@ def table(results):
     width = max(map(len, results)) + 2
     yield " " * width + "".join(f"{name.replace('identified', 'id'):>18}" for name in names)
     for label, found in results.items():
-        yield f"{label:<{width}}" + "".join(f"{found[n]:>18.4f}" if n in found else " " * 18 for n in names)
+        yield f"{label:<{width}}" + "".join(" " * 18 if found.get(n) is None else f"{found[n]:>18.4f}" for n in names)
 
 
 def study(paths, config):
