@@ -280,6 +280,33 @@ def test_two_ranks_equal_one(tiny):
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (split, a["step"], name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], ["alpha=1.3", "model.vec_norm_out=whiten"]], ids=str)
+def test_compiled_equals_uncompiled(tiny, settings):
+    """To rounding; and a compiled run that goes on ends with the bits of one that was not stopped."""
+    pretrain.main([str(tiny), *settings])
+    pretrain.main([str(tiny), *settings, "compile=true", "out_dir=out/compiled"])
+    for a, b in zip(read_log("out/tiny"), read_log("out/compiled"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    pretrain.main([str(tiny), *settings, "compile=true", "out_dir=out/again", "max_steps=9"])
+    pretrain.main([str(tiny), *settings, "compile=true", "out_dir=out/again", "resume=true"])
+    assert same_bits("out/compiled", "out/again")
+
+
+def test_compiling_needs_a_compiler(tiny, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match="needs a C.. compiler"):
+        pretrain.main([str(tiny), "compile=true"])
+
+
+def test_the_first_weights_may_be_kept(tiny):
+    pretrain.main([str(tiny), "keep_steps=0", "max_steps=1", "lr=0"])
+    first, last = (torch.load(f"out/tiny/{name}.pt", weights_only=True) for name in ("step_0", "last"))
+    assert first["step"] == 0 and all(torch.equal(v, last["state_dict"][k]) for k, v in first["state_dict"].items())
+
+
 # ---------------------------------------------------------------- stopping and going on
 
 
