@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError, check_file, cli, need, read_xyz, readable
+from data import InputError, check_file, cli, flaw, need, read_xyz, readable
 from finetune import IN_EV, load_property_model, predict_molecule
 from model import radius_graph
 from pretrain import keep_freed_memory, write_atomically
@@ -51,6 +51,8 @@ class GeoReconCalculator(ase.Calculator):
         super().calculate(atoms, properties, system_changes)
         if self.atoms.pbc.any():
             raise InputError("a periodic system: this calculator knows isolated molecules only")
+        if cause := flaw(self.atoms.numbers, self.atoms.positions, {}):
+            raise InputError(f"the molecule has {cause}")
         z = torch.as_tensor(self.atoms.numbers, device=self.device).long()
         pos = torch.as_tensor(self.atoms.positions, device=self.device)
         energy, forces = predict_molecule(self.model, self.about, z, pos, self.pairs(z, pos))
@@ -97,6 +99,8 @@ def main(arguments):
         raise InputError(f"{out}: the figure must end in .png or .svg", code=2)
     if not Path(out).parent.is_dir():
         raise InputError(f"{Path(out).parent}: no such folder to write {Path(out).name} in: create it first")
+    if Path(out).exists():
+        raise InputError(f"{out} exists: remove it or choose another name")
     check_file(start, "give an xyz of the molecule")
     plt = need("matplotlib.pyplot", "drawing")
     keep_freed_memory()

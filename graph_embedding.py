@@ -6,28 +6,26 @@
 
     rec loss          of the decoder with the molecule's own g, and how it rises with g of another molecule of the same
                       size, of an isomer (so that it is not counting atoms), and with the mean g, which tells nothing
-    linear readouts   R^2 on unseen molecules of ridge regressions from g: number of atoms, composition, and, of what
+    linear readouts   R^2 of ridge regressions from g: number of atoms, composition, and, of what
                       composition does not predict, the radius of gyration and the mean cosine of the torsion angles
     identity          how often g of a noised molecule lies nearest to its own clean g among all its isomers
 
 Writes graph_embedding.json to out_dir (default out/graph_embedding).
 """
 
-import json
 import math
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from data import InputError, cli, need
-from finetune import read_weights, ridge
-from lipschitz import choose, names_of
+from finetune import encode, read_weights, ridge
+from lipschitz import check_elements, choose, names_of, new_file, write_result
 from model import EquivariantTransformer, GraphPooling, Pretraining, scatter_sum, setting
 from pretrain import (
     PretrainConfig,
@@ -35,7 +33,6 @@ from pretrain import (
     keep_freed_memory,
     provenance,
     validation_batches,
-    write_text,
 )
 
 
@@ -92,11 +89,11 @@ def encode_all(method, config, batches):
     clean, noised, starts = [], [], []
     for part in batches:
         z, pos, batch, num = part["z"], part["pos"], part["batch"], part["num_molecules"]
-        clean.append(pooling(method.encoder(z, pos, batch)[0], batch, num))
+        clean.append(pooling(encode(method.encoder, z, pos, batch)[0], batch, num))
         pos_noised = pos + config.position_noise_scale * part["noise"]
-        noised.append(pooling(method.encoder(z, pos_noised, batch)[0], batch, num))
+        noised.append(pooling(encode(method.encoder, z, pos_noised, batch)[0], batch, num))
         pos_rec = pos + config.alpha * config.position_noise_scale * part["noise"]
-        starts.append((*method.encoder(z, pos_rec, batch), pos_rec, batch, config.alpha * part["noise"]))
+        starts.append((*encode(method.encoder, z, pos_rec, batch), pos_rec, batch, config.alpha * part["noise"]))
     return torch.cat(clean), torch.cat(noised), starts
 
 
@@ -121,6 +118,8 @@ def use(method, config, starts, clean, sizes, formulas, rng):
     replacements = {"same_size": others(sizes, rng), "isomer": others(formulas, rng)}
     for name, other in replacements.items():
         valid = torch.from_numpy(other >= 0)
+        if valid.sum() < 2:
+            continue
         rise = (rec_losses(method, config, starts, clean[other.clip(0)]) - true)[valid] / true[valid].mean()
         found[f"rise_{name}"] = 100 * rise.mean().item()
         found[f"rise_{name}_error"] = 100 * rise.std().item() / math.sqrt(max(len(rise), 1))
@@ -159,13 +158,13 @@ def descriptors(arrays, num_molecules):
 def r_squared(features, y):
     """R^2 of a ridge regression on the last fifth, fitted on the first three, penalty chosen on the fourth.
 
-    None where y does not vary.
+    None where one of the three parts has fewer than ten molecules or does not vary.
     """
     known = np.isfinite(y)
-    if not np.std(y[known]) > 1e-9:
-        return None
     features, y = features[known], torch.from_numpy(y[known])
     a, b = int(0.6 * len(y)), int(0.8 * len(y))
+    if min(a, b - a, len(y) - b) < 10 or min(part.std() for part in (y[:a], y[a:b], y[b:])) < 1e-9:
+        return None
     features = (features - features[:a].mean(0)) / features[:a].std(0).clamp(min=1e-8)
     y = y - y[:a].mean()
     w = ridge(features[:a], y[:a], features[a:b], y[a:b])
@@ -173,10 +172,11 @@ def r_squared(features, y):
 
 
 def beyond(composition, y):
-    """y less its least-squares prediction from the composition."""
-    known = np.isfinite(y)
+    """y less its least-squares prediction from the composition, fitted where r_squared fits."""
+    fitted = np.flatnonzero(np.isfinite(y))
+    fitted = fitted[: int(0.6 * len(fitted))]
     counts = np.column_stack([composition, np.ones(len(y))])
-    return y - counts @ np.linalg.lstsq(counts[known], y[known], rcond=None)[0]
+    return y - counts @ np.linalg.lstsq(counts[fitted], y[fitted], rcond=None)[0]
 
 
 def identified(clean, noised, formulas):
@@ -195,10 +195,10 @@ def identified(clean, noised, formulas):
 def hold(clean, noised, known, formulas):
     """What can be read from g."""
     g = clean.double()
-    varying = [column for column in known.composition.T if column.std() > 0]
+    counted = [found for column in known.composition.T if (found := r_squared(g, column)) is not None]
     return {
         "r2_size": r_squared(g, known.size),
-        "r2_composition": float(np.mean([r_squared(g, column) for column in varying])) if varying else None,
+        "r2_composition": float(np.mean(counted)) if counted else None,
         "r2_gyration": r_squared(g, beyond(known.composition, known.gyration)),
         "r2_torsion": r_squared(g, beyond(known.composition, known.torsion)),
         **identified(g, noised.double(), formulas),
@@ -208,20 +208,27 @@ def hold(clean, noised, known, formulas):
 # ---------------------------------------------------------------- table and files
 
 
+COLUMNS = {  # of the table: figure and heading
+    **{"rec_loss": "rec loss", "rise_same_size": "size, %", "rise_isomer": "isomer, %", "rise_isomer_error": "+-"},
+    **{"rise_mean": "mean, %", "r2_size": "R2 size", "r2_composition": "R2 comp.", "r2_gyration": "R2 gyr."},
+    **{"r2_torsion": "R2 tors.", "identified": "identity", "identified_by_chance": "(chance)"},
+}
+
+
 def table(results):
-    """Lines of the table, a checkpoint a row."""
-    names = ("rec_loss", "rise_same_size", "rise_isomer", "rise_isomer_error", "rise_mean")
-    names += ("r2_size", "r2_composition", "r2_gyration", "r2_torsion", "identified", "identified_by_chance")
-    width = max(map(len, results)) + 2
-    yield " " * width + "".join(f"{name.replace('identified', 'id'):>18}" for name in names)
+    """Lines of the table, a checkpoint a row: the rec loss, its rise with another's g, and what can be read from g."""
+    width = max(map(len, results)) + 1
+    yield " " * width + "".join(f"{heading:>10}" for heading in COLUMNS.values())
     for label, found in results.items():
-        yield f"{label:<{width}}" + "".join(" " * 18 if found.get(n) is None else f"{found[n]:>18.4f}" for n in names)
+        cells = (" " * 10 if found.get(name) is None else f"{found[name]:>10.4f}" for name in COLUMNS)
+        yield f"{label:<{width}}" + "".join(cells)
 
 
 def study(paths, config):
     """The figures of each checkpoint in paths."""
     methods = [load_method(path) for path in paths]
     molecules, index = choose(config)
+    check_elements(molecules, index, [method.encoder for method, _ in methods])
     known = descriptors(molecules.read(index), len(index))
     formulas = [tuple(row) for row in known.composition]
     batches = validation_batches(molecules, index, config.batch_size)
@@ -243,17 +250,14 @@ def main(arguments):
     config = build_config(GraphEmbeddingConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
     if not paths:
         raise InputError("name one last.pt or more: python graph_embedding.py out/demo/last.pt data=FILE.h5", code=2)
-    path = Path(config.out_dir) / "graph_embedding.json"
-    if path.exists():
-        raise InputError(f"{path} exists: remove it, or choose another out_dir=")
+    names_of(paths)
+    path = new_file(config.out_dir, "graph_embedding.json")
     keep_freed_memory()
     made_by, began = provenance(torch.device("cpu"), 1), time.perf_counter()
     results = study(paths, config)
     print("\n".join(table(results)))
-    path.parent.mkdir(parents=True, exist_ok=True)
     wall_s = round(time.perf_counter() - began, 1)
-    result = {"checkpoints": results, "settings": asdict(config), "wall_s": wall_s, **made_by}
-    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_result(path, {"checkpoints": results, "settings": asdict(config), "wall_s": wall_s, **made_by})
     print(f"{wall_s:.0f} s; wrote {path}")
 
 

@@ -17,6 +17,7 @@ Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per mole
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -27,10 +28,12 @@ import torch
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from data import InputError, Molecules, cli, split_indices
-from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, read_encoder, read_weights
+from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, elements, encode, read_encoder, read_weights
 from model import radius_graph, scatter_sum, setting
 from pretrain import (
+    FREE_TO_CHANGE,
     build_config,
+    flatten,
     keep_freed_memory,
     named_split,
     provenance,
@@ -56,13 +59,17 @@ class LipschitzConfig:
     seed: int = setting(0, low=0)  # of directions and noise
     out_dir: str = "out/lipschitz"
 
+    def __post_init__(self):
+        if not self.iterations:
+            raise ValueError("iterations is empty: name one number or more, as in 5,15,25")
+
 
 # ---------------------------------------------------------------- the Jacobian and its norm
 
 
 def pooled(encoder, z, pos, batch, num_molecules, edge_index=None):
     """h_b = mean_i x_i: -> (B, F)."""
-    x, _ = encoder(z, pos, batch, edge_index)
+    x, _ = encode(encoder, z, pos, batch, edge_index)
     return scatter_sum(x, batch, num_molecules) / torch.bincount(batch, minlength=num_molecules).unsqueeze(1)
 
 
@@ -70,7 +77,7 @@ def rigid_motions(pos, batch, num_molecules):
     """Orthonormal basis of the rigid motions of each molecule: pos (N, 3) -> Q (N, 3, 6).
 
     Three translations and three rotations e_a x (r_i - r_centre); what depends on the others is zero: rank 6, 5 for a
-    linear molecule, 3 for an atom.
+    linear molecule (to the digits of float32 positions), 3 for an atom.
     """
     counts = torch.bincount(batch, minlength=num_molecules)
     r = pos - (scatter_sum(pos, batch, num_molecules) / counts.unsqueeze(1))[batch]
@@ -81,7 +88,7 @@ def rigid_motions(pos, batch, num_molecules):
     padded = pos.new_zeros(num_molecules, int(counts.max()), 3, 6)
     padded[batch, place] = motions
     U, S, _ = torch.linalg.svd(padded.flatten(1, 2), full_matrices=False)  # (B, 3 n, 6 or fewer), (B, 6 or fewer)
-    U = U * S.gt(1e-8 * S[:, :1]).unsqueeze(1)
+    U = U * S.gt(1e-5 * S[:, :1]).unsqueeze(1)
     return U.unflatten(1, (-1, 3))[batch, place]
 
 
@@ -132,7 +139,10 @@ def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
         v = v * torch.where(new, 1 / size, 0)[batch].unsqueeze(1)
         basis.append(v)
         images.append(jvp(v) / scale)  # (B, F)
-        before, norm = norm, torch.linalg.matrix_norm(torch.stack(images, dim=2), 2)  # (B,)
+        image = torch.stack(images, dim=2)  # (B, F, step)
+        finite = image.isfinite().all(2).all(1)
+        before, norm = norm, torch.linalg.matrix_norm(image.nan_to_num(0, 0, 0), 2)  # (B,)
+        norm = torch.where(finite, norm, torch.nan)
         found |= {later: norm for later in iterations if later >= step}
         if (norm - before <= 1e-10 * norm).all():
             break
@@ -231,8 +241,8 @@ def measure(encoder, molecules, index, config, device):
     encoder = encoder.double().eval().requires_grad_(False).to(device)
     parts = list(batches(molecules, index, config, device))
     h = embed(encoder, parts)
-    std = h.std(0) if len(h) > 1 else torch.ones_like(h[0])
-    std = std.clamp(min=1e-8 * std.max())  # a channel that is the same for all molecules
+    std = h.std(0) if len(h) > 1 else torch.zeros_like(h[0])
+    std = torch.where(std > 1e-8 * h.abs().max(), std, torch.inf)  # channels that do not vary are left out
     norms = [constants(encoder, part, std, config) for part in parts]
     norms = {step: torch.cat([part[step] for part in norms]) for step in norms[0]}  # (M, 2)
     last = last_of(norms)
@@ -249,7 +259,7 @@ def measure(encoder, molecules, index, config, device):
 
 
 def load_step(path):
-    """-> (PropertyModel in float64, its FinetuneConfig, step) of a last.pt or step_<n>.pt of finetune.py."""
+    """-> PropertyModel in float64, FinetuneConfig, step, settings of the run, of a step_<n>.pt of finetune.py."""
     content = read_weights(path, "name step_<n>.pt of a run of finetune.py with keep_steps=")
     try:
         config = build_config(FinetuneConfig, content["config"])
@@ -263,7 +273,8 @@ def load_step(path):
         model.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError, InputError) as error:
         raise InputError(f"{path} is no step_<n>.pt of finetune.py: {' '.join(str(error).split())[:200]}") from None
-    return model.double(), config, content["step"]
+    run = {key: value for key, value in flatten(content["config"]).items() if key not in FREE_TO_CHANGE}
+    return model.double(), config, content["step"], run | {"data_sha256": content["data_sha256"]}
 
 
 def flat(tensors):
@@ -306,11 +317,19 @@ def linearisation(models, z, pos, batch, y):
 
 def ntk(paths, config):
     """Table 8 of a fine-tuning run's checkpoints, the first of which is theta_0."""
+    changed = [
+        key
+        for key in ("iterations", "exact", "position_noise_scale")
+        if getattr(config, key) != getattr(LipschitzConfig, key)
+    ]
+    if changed:
+        raise InputError(f"{changed[0]}: ntk has no such setting, leave it out", code=2)
     loaded = sorted((load_step(path) for path in paths), key=lambda entry: entry[2])
-    models, steps = [model for model, _, _ in loaded], [step for _, _, step in loaded]
-    if len(set(steps)) < max(2, len(steps)):
+    models, steps = [entry[0] for entry in loaded], [entry[2] for entry in loaded]
+    if len(set(steps)) < max(2, len(steps)) or any(run != loaded[0][3] for *_, run in loaded):
         raise InputError("ntk compares two or more different steps of one run: name its step_<n>.pt", code=2)
     molecules, index = choose(config)
+    check_elements(molecules, index, [models[0].encoder])
     name = "energy" if loaded[0][1].target == "energy_forces" else loaded[0][1].target
     arrays = molecules.read(index)
     z, pos, batch = arrays["z"], arrays["pos"].double(), arrays["batch"]
@@ -318,12 +337,12 @@ def ntk(paths, config):
     rows = list(linearisation(models, z, pos, batch, rest / models[0].std))
     names = list(rows[0])
     print(f"{'steps':<12}" + "".join(f"{name:>20}" for name in names))
-    width = 100 if steps[-1] >= 100 else max(1, steps[-1] // 3)
-    for start in range(0, steps[-1], width):
+    width = 100 if steps[-1] - steps[0] >= 100 else max(1, (steps[-1] - steps[0]) // 3)
+    for start in range(steps[0], steps[-1], width):
         inside = [row for step, row in zip(steps, rows, strict=True) if start < step <= start + width]
         if inside:
             means = "".join(f"{sum(row[name] for row in inside) / len(inside):>20.4f}" for name in names)
-            print(f"{start}-{start + width:<10}{means}")
+            print(f"{f'{start}-{start + width}':<12}{means}")
     result = {"steps": {step: row for step, row in zip(steps, rows, strict=True)}, "target": name}
     return result | {"checkpoints": [str(path) for path in paths]}
 
@@ -381,8 +400,11 @@ def draw(results, folder):
         curves = np.array(found["sensitivity"])  # (M, S)
         right.plot(STEPS, curves.mean(0), lw=2, **style)
         right.plot(STEPS, curves[0], lw=0.7, **style)
-    left.set(xscale="log", xlabel="LLC, 1/angstrom", ylabel="share of molecules below")
+    left.set(xlabel="LLC, 1/angstrom", ylabel="share of molecules below")
     right.set(xlabel="|delta|, angstrom", ylabel="|h(x + delta) - h(x)|", title="mean (thick), one molecule (thin)")
+    limits = [v for found in results.values() for v in last_of(found["llc"]) if v > 0]
+    if limits and max(limits) > 100 * min(limits):
+        left.set_xscale("log")
     left.legend(frameon=False, fontsize=8)
     for kind in ("png", "svg"):
         write_atomically(
@@ -400,6 +422,12 @@ def choose(config):
     return molecules, index[split_indices(len(index), [config.num_molecules, None])[0]]
 
 
+def check_elements(molecules, index, encoders):
+    highest = max(elements(molecules, index))
+    if highest >= (known := min(encoder.config.max_z for encoder in encoders)):
+        raise InputError(f"{molecules.path} holds atomic number {highest}, a model knows those below {known} (max_z)")
+
+
 def names_of(paths):
     """What tells checkpoints apart in a table: their paths, less what all have in common."""
     parts = [Path(path).with_suffix("").parts for path in paths]
@@ -407,19 +435,38 @@ def names_of(paths):
         parts = [p[1:] for p in parts]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
-    return ["/".join(p) for p in parts]
+    names = [str(Path(*p)) for p in parts]
+    if len(set(names)) < len(names):
+        raise InputError("a checkpoint is named twice, or two cannot be told apart by their names", code=2)
+    return names
+
+
+def new_file(folder, name):
+    """The path of a result that is going to be written; refused if it is there already, or cannot be."""
+    path = Path(folder) / name
+    there = next(parent for parent in path.parents if parent.exists())
+    if path.exists() or not (there.is_dir() and os.access(there, os.W_OK)):
+        reason = "exists: remove it" if path.exists() else f"cannot be written, {there} is no folder to write in"
+        raise InputError(f"{path} {reason}, or choose another out_dir=")
+    return path
+
+
+def write_result(path, result):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def llc(paths, config, device):
     """Table 1 and Figure 2 of the encoders in paths."""
     molecules, index = choose(config)
     encoders = [read_encoder(path, FinetuneConfig().model)[0] for path in paths]
+    check_elements(molecules, index, encoders)
     results = {}
     for name, encoder in zip(names_of(paths), encoders, strict=True):
-        try:
-            results[name] = measure(encoder, molecules, index, config, device)
-        except ValueError as error:  # more neighbours than model.max_num_neighbors
-            raise InputError(f"{name}: {error}") from None
+        results[name] = measure(encoder, molecules, index, config, device)
     print("\n".join(table(results)))
     figures = {name: summarise(found) for name, found in results.items()}
     return {"summary": figures, "checkpoints": results, "molecules": index.tolist(), "displacements": STEPS}
@@ -435,21 +482,17 @@ def main(arguments):
     config = build_config(LipschitzConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
     if not paths:
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
-    if len(set(paths)) < len(paths):
-        raise InputError("a checkpoint is named twice", code=2)
-    folder = Path(config.out_dir)
-    if (folder / f"{kind}.json").exists():
-        raise InputError(f"{folder / f'{kind}.json'} exists: remove it, or choose another out_dir=")
+    names_of(paths)
+    path = new_file(config.out_dir, f"{kind}.json")
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() and kind != "ntk" else "cpu")
     made_by, began = provenance(device, 1), time.perf_counter()
     result = ntk(paths, config) if kind == "ntk" else llc(paths, config, device)
     result |= {"settings": asdict(config), "wall_s": round(time.perf_counter() - began, 1), **made_by}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{kind}.json", json.dumps(result, indent=1) + "\n")
+    write_result(path, result)
     if kind == "lipschitz":
-        draw(result["checkpoints"], folder)
-    print(f"{time.perf_counter() - began:.0f} s; wrote {kind}.json to {folder}")
+        draw(result["checkpoints"], path.parent)
+    print(f"{time.perf_counter() - began:.0f} s; wrote {path}")
 
 
 if __name__ == "__main__":

@@ -278,6 +278,10 @@ class Log:
         self.bar = tqdm(initial=start, total=stop, unit="step", disable=not (active and sys.stderr.isatty()))
 
     def write(self, record):
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                step, split = record["step"], record["split"]
+                raise InputError(f"{key} is {value} at step {step} ({split}): start anew with a lower lr")
         if not self.active:
             return
         with open(self.path, "a", encoding="utf-8") as file:
@@ -491,15 +495,20 @@ def grad_norm(parameters):
 
 @contextmanager
 def stop_signals():
-    """A list that the first SIGTERM or SIGINT puts its number in, for the loop to end in order; a second one kills."""
+    """A list that SIGTERM or SIGINT put their number in, for the loop to end in order; a second one kills.
+
+    Not under torchrun, which passes on to its ranks what they may have been sent already.
+    """
     caught = []
 
     def note(number, _):
         caught.append(number)
-        for n in previous:
-            signal.signal(n, previous[n])
+        if len(caught) > 1 and not dist.is_initialized():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous = {n: handler for n, handler in previous.items() if handler != signal.SIG_IGN}  # as nohup asks for
     for n in previous:
         signal.signal(n, note)
     try:
@@ -532,10 +541,11 @@ def means_if_finite(values, names, done, source, config, rank):
     if rank == 0:
         ids = source.molecules.ids[source.chosen(step)].tolist()
         write_text(path, json.dumps({"step": step + 1, "losses": found, "molecules": ids}, indent=1) + "\n")
-    good = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
+    good = f"{last} is from before" if last.exists() else "there is no checkpoint yet"
+    barrier()  # torchrun ends the other ranks as soon as one is gone
     raise InputError(
         f"the loss is {found['loss']}, its gradient {found['grad_norm']} at step {step + 1}; {path} names that step's "
-        f"molecules; {good}: lower lr, or look at the data with data.py info"
+        f"molecules; {good}: start anew with a lower lr, or look at the data with data.py info"
     )
 
 
@@ -573,6 +583,9 @@ def run_steps(config, source, start, take_step, validate, save, log, device, wor
                 save(done)
             if stop and not last:
                 log.bar.close()
+                barrier()  # torchrun ends the other ranks as soon as one is gone
+                if source.rank:
+                    raise SystemExit(128 + stop)
                 name = signal.Signals(stop).name
                 message = (
                     f"stopped by {name} after step {done}, which {config.out_dir}/last.pt holds: resume=true goes on"

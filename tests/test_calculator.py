@@ -80,10 +80,13 @@ def test_another_molecule_gets_a_list_of_its_own(ethanol, best):
 
 
 def test_what_it_cannot_do_is_said(ethanol, tmp_path):
-    for atoms, words in ((ase.Atoms("NH3"), "element 7"), (ase.Atoms("H", cell=[5] * 3, pbc=True), "periodic")):
+    for atoms, words in ((ase.Atoms("NH", [[0, 0, 0], [0, 0, 1]]), "element 7"), (ase.Atoms("H", cell=[5] * 3, pbc=True), "periodic")):
         atoms.calc = ethanol.calc
         with pytest.raises(InputError, match=words):
             atoms.get_potential_energy()
+    for z in (float("nan"), 1e-3):
+        with pytest.raises(InputError, match="the molecule has"):
+            ase.Atoms("CH", [[0, 0, 0], [0, 0, z]], calculator=ethanol.calc).get_forces()
     with pytest.raises(InputError, match="best.pt"):
         GeoReconCalculator(tmp_path / "nothing/best.pt")
 
@@ -107,7 +110,8 @@ def test_the_program(best, tmp_path):
         ([], 2, "python calculator.py"),
         ([best, ETHANOL, "nve.pdf"], 2, "png or .svg"),
         ([best, ETHANOL, "nve.png", "ps=x"], 2, "ps=2"),
-        ([best, "no.xyz", "nve.png"], 1, "no.xyz"),
+        ([best, ETHANOL, "nve.png"], 1, "exists"),
+        ([best, "no.xyz", "other.png"], 1, "no.xyz"),
     ):
         done = run(*arguments)
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr

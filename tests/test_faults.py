@@ -360,7 +360,7 @@ def test_a_step_that_blows_up_names_its_molecules_and_keeps_the_last_good_state(
         patch.setattr(module, "learning_rate", lambda step, config: 1e30 if step >= 7 else rate(step, config))
         main(stage, "out_dir=run", "log_every=5")
     named = json.loads(Path("run/not_finite.json").read_text())
-    assert named["step"] == 9 and len(named["molecules"]) == 8 and "last good state" in str(error.value)
+    assert named["step"] == 9 and len(named["molecules"]) == 8 and "is from before" in str(error.value)
     assert weights("run")["step"] == 6
     main(stage, "out_dir=run", "resume=true")
     main(stage, "out_dir=whole")

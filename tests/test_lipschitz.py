@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -134,6 +135,20 @@ def test_turning_moving_and_renumbering_a_molecule_change_nothing():
     moved = (pos @ rotation.T + torch.tensor([3.0, -7, 1]))[order]
     other = torch.randn(pos.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(constants(encoder(), (z[order], moved, batch, num, other), ones, CONFIG)[25], expected)
+
+
+def test_molecules_that_do_not_differ_and_numbers_that_are_none():
+    """No channel varies: nothing to standardise by. A molecule whose embedding is none spoils no other's figure."""
+    index = np.array([7, 7, 7])
+    same = measure(encoder(), Molecules(QM9), index, replace(CONFIG, iterations=(5,)), "cpu")
+    assert np.allclose(same["llc_standardised"], 0) and np.all(np.array(same["llc"]["5"]) > 0)
+    z, pos, batch, num, directions = batch_of(WATER, ACETYLENE)
+    spoilt = encoder()
+    spoilt.embedding.weight[6] = torch.nan
+    found = constants(spoilt, (z, pos, batch, num, directions), torch.ones(16).double(), CONFIG)[25][:, 0]
+    whole = constants(encoder(), (z, pos, batch, num, directions), torch.ones(16).double(), CONFIG)[25][:, 0]
+    assert found[1].isnan() and found[0] == pytest.approx(whole[0].item())
+    assert lipschitz.quantiles(found.tolist())["not_finite"] == 1
 
 
 def test_figures_do_not_depend_on_the_batch_and_know_the_scale():
@@ -270,13 +285,31 @@ def test_table_8(runs, tmp_path, capsys):
     assert "prediction_change" in capsys.readouterr().out
 
 
+def test_table_8_is_of_one_run(runs, tmp_path):
+    shutil.copytree(runs / "gap", tmp_path / "other")
+    content = torch.load(tmp_path / "other/step_2.pt", weights_only=True)
+    torch.save({**content, "config": content["config"] | {"seed": 2}}, tmp_path / "other/step_2.pt")
+    steps = [str(runs / "gap/step_0.pt"), str(tmp_path / "other/step_2.pt")]
+    with pytest.raises(InputError, match="different steps of one run"):
+        lipschitz.main(["ntk", *steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
+
+
+def test_few_molecules_give_no_figures_that_are_none(runs, tmp_path):
+    for num in (10, 20, 60):
+        graph_embedding.main(
+            [str(runs / "georecon/last.pt"), f"data={QM9}", f"num_molecules={num}", f"out_dir={tmp_path}/{num}"]
+        )
+        text = (tmp_path / f"{num}/graph_embedding.json").read_text()
+        assert "NaN" not in text and "Infinity" not in text
+
+
 def test_use_of_the_graph_embedding(runs, tmp_path, capsys):
     names = [str(runs / "georecon/last.pt"), str(runs / "coord/last.pt")]
     graph_embedding.main([*names, f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}"])
     found = json.loads((tmp_path / "graph_embedding.json").read_text())["checkpoints"]
     assert {"rec_loss", "rise_isomer", "rise_same_size", "rise_mean"} <= found["georecon"].keys()
     assert "rec_loss" not in found["coord"] and "r2_torsion" in found["coord"]
-    assert "rise_isomer" in capsys.readouterr().out
+    assert "isomer, %" in capsys.readouterr().out
 
 
 def test_a_decoder_that_cannot_see_g_does_not_use_it(runs, tmp_path):
@@ -312,6 +345,11 @@ BAD = [
     (["E", "data=nothing.h5"], InputError, "nothing.h5"),
     (["broken"], InputError, "no torch file"),
     (["ntk", "E"], InputError, "no step_<n>.pt"),
+    (["E", "iterations="], InputError, "iterations is empty"),
+    (["E", "./E"], InputError, "cannot be told apart"),
+    (["E", "out_dir=broken"], InputError, "broken is no folder"),
+    (["small", "num_molecules=50"], InputError, "a model knows those below 8"),
+    (["ntk", "E", "exact=true"], InputError, "ntk has no such setting"),
 ]
 
 
@@ -319,6 +357,7 @@ BAD = [
 def test_bad_input_is_one_line(arguments, error, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(save_encoder(encoder().float()), "E")
+    torch.save(save_encoder(encoder(max_z=8).float()), "small")
     Path("broken").write_bytes(b"PK\x03\x04 cut off")
     before = sorted(os.listdir())
     given = arguments if any("data=" in a for a in arguments) else [*arguments, f"data={QM9}"][: len(arguments) and 9]
