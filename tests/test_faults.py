@@ -242,7 +242,7 @@ def test_a_signal_to_torchrun_ends_both_ranks(stage, tally, number):
 def test_a_rank_that_dies_is_started_again(stage, tally):
     """torchrun --max-restarts: all ranks start again and go on from last.pt by themselves."""
     finish(stage, "whole", ranks=2)
-    process = launch(stage, "died", ranks=2, options=["--max-restarts=2"])
+    process = launch(stage, "died", ranks=2, options=["--max-restarts=9"])
     for step in (10, 30):
         assert wait_for_step(process, "died", step)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
