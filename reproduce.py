@@ -91,7 +91,9 @@ FACTORS = {
     **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
     # frames of one molecule at 500 K: the clean geometry can no longer be guessed from the noised one
     "thermal": pretrain("data=data/md17_aspirin.h5"),
+    "thermal_coord": pretrain("data=data/md17_aspirin.h5", "objective=coord"),  # for comparison
 }
+THERMAL = {"georecon": "thermal", "coord": "thermal_coord"}
 
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
@@ -118,6 +120,14 @@ STUDIES = {
     ),
     "alpha": seeds((1,), {f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (1.0, 1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1,), FACTORS) | seeds((2,), FACTORS),
+    # does it help where g is used? Needs the encoders of graph_embedding
+    "thermal": seeds(
+        (1,),
+        {
+            f"aspirin_{objective}": [*ASPIRIN["aspirin_scratch"], f"init_from=out/graph_embedding/{run}_s1/encoder.pt"]
+            for objective, run in THERMAL.items()
+        },
+    ),
     "finetune_small": seeds((1,), ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN) | seeds((2,), ASPIRIN | GAP),
 }
 

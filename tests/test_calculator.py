@@ -80,7 +80,10 @@ def test_another_molecule_gets_a_list_of_its_own(ethanol, best):
 
 
 def test_what_it_cannot_do_is_said(ethanol, tmp_path):
-    for atoms, words in ((ase.Atoms("NH", [[0, 0, 0], [0, 0, 1]]), "element 7"), (ase.Atoms("H", cell=[5] * 3, pbc=True), "periodic")):
+    for atoms, words in (
+        (ase.Atoms("NH", [[0, 0, 0], [0, 0, 1]]), "element 7"),
+        (ase.Atoms("H", cell=[5] * 3, pbc=True), "periodic"),
+    ):
         atoms.calc = ethanol.calc
         with pytest.raises(InputError, match=words):
             atoms.get_potential_energy()
