@@ -326,9 +326,11 @@ def draw_smoothness(plt, results, folder):
     size = {"figsize": (3.6 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(2, len(columns), **size)
     markers, colors = "osv^Dx+*<", ("black", "tab:orange", "tab:blue", "0.6", "tab:green", "tab:red")
+    labels = list(dict.fromkeys(label for arms in columns.values() for label in arms))
     for column, (norms, arms) in enumerate(columns.items()):
         over_steps, over_noise = axes[:, column]
-        for k, (label, runs) in enumerate(arms.items()):
+        for label, runs in arms.items():
+            k = labels.index(label)
             style = {"marker": markers[k % 9], "color": colors[k % 6], "lw": 1.2, "ms": 4}
             for run in runs:
                 style["label"] = label if run is runs[0] else None
@@ -337,11 +339,13 @@ def draw_smoothness(plt, results, folder):
                     at_end(run, kind)["llc"]["median"] for kind in ("smoothness", *map("noised_{}".format, NOISES))
                 ]
                 over_noise.plot(noised, **style)
+                tail = [found["llc"]["p95"] for found in run["smoothness"].values()]
+                over_steps.plot(tail, ":", color=style["color"], lw=0.8)
         steps = [name.rpartition("_")[2] for name in run["smoothness"]]
         over_steps.set_xticks(range(len(steps)), steps)
         over_noise.set_xticks(range(1 + len(NOISES)), ["0", *map(str, NOISES)])
-        over_steps.set(yscale="log", xlabel="step", title=norms)
-        over_noise.set(yscale="log", xlabel="noise on the geometry, angstrom (at the last step)")
+        over_steps.set(yscale="log", xlabel="step", title=f"{norms} (dotted: p95)")
+        over_noise.set(yscale="log", xlabel="noise on the geometry, \u00c5 (last step)")
         over_steps.legend(frameon=False, fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("median LLC, 1/angstrom")
