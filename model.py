@@ -40,7 +40,7 @@ def scatter_sum(src, index, size):
 
 
 @torch.no_grad()
-def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
+def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
     """Every pair of atoms of one molecule closer than cutoff, once: pos (N, 3), batch (N,) -> edge_index (2, P).
 
     edge_index = [source j, target i] with i < j, sorted by target, then by source. The published, directed form is
@@ -49,6 +49,9 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
 
     DEVIATION: no neighbour cap. Table 13's 32 keeps whichever neighbours come first in the atom order, which breaks
     permutation symmetry; max_num_neighbors > 0 is a bound (self included, as upstream) that is checked, never a cut.
+
+    With multiple > 1 pairs beyond the cutoff, as far as the molecules have any, bring P up to the next multiple: equal
+    shapes from step to step, which CUDA graphs need. The layers give them no weight.
     """
     if (batch[1:] < batch[:-1]).any():
         raise ValueError("radius_graph: batch must be sorted, the atoms of a molecule side by side")
@@ -59,6 +62,8 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
     j = torch.arange(len(i), device=pos.device) - start[i] + i + 1
     # not (>=) rather than (<): a NaN position stays in the graph and shows, instead of leaving an isolated atom
     near = ~((pos[i] - pos[j]).square().sum(-1) >= cutoff**2)
+    if multiple > 1:
+        near |= (~near).cumsum(0) <= -near.sum() % multiple
     edge_index = torch.stack([j[near], i[near]])  # (2, P)
     if max_num_neighbors:
         degree = 1 + torch.bincount(edge_index.flatten(), minlength=len(pos))
@@ -101,8 +106,8 @@ class Linear(nn.Linear):
 
 
 def cosine_cutoff(distance, cutoff):
-    """C(d) = (cos(pi d / cutoff) + 1) / 2 for d < cutoff; radius_graph lets no longer distance through."""
-    return 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1)
+    """C(d) = (cos(pi d / cutoff) + 1) / 2 for d < cutoff, and 0 beyond."""
+    return 0.5 * (torch.cos(distance.clamp(max=cutoff) * (math.pi / cutoff)) + 1)
 
 
 class ExpNormalSmearing(nn.Module):
@@ -129,6 +134,7 @@ class Graph(NamedTuple):
     cutoff: torch.Tensor  # (P, 1) C(distance)
     edge_attr: torch.Tensor  # (P, K) rbf(distance)
     self_attr: torch.Tensor  # (1, K) rbf(0): a self-loop has distance 0, C = 1 and no direction
+    inside: torch.Tensor | None = None  # (P, 1) 1, and 0 for a pair beyond the cutoff; None: there is none
 
 
 class NeighborEmbedding(nn.Module):
@@ -223,6 +229,8 @@ class EquivariantMultiHeadAttention(nn.Module):
         if self.vector_cutoff:  # DEVIATION (off by default): vec messages vanish at the cutoff too, torchmd-net #260
             d_x, d_1, d_2 = (None if d is None else d * graph.cutoff for d in (d_x, d_1, d_2))
             cutoff = 1.0
+        elif graph.inside is not None:
+            d_1, d_2 = (None if d is None else d * graph.inside for d in (d_1, d_2))
         for i, j, unit in ((graph.i, graph.j, graph.unit), (graph.j, graph.i, -graph.unit)):
             attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
             y.index_add_(0, i, weigh(v_x.index_select(0, j) * d_x, attention))
@@ -362,8 +370,12 @@ class EquivariantLayers(nn.Module):
         self.vec_norms = nn.ModuleList(VECTOR_NORMS[config.vec_norm_layer](channels) for _ in range(num_layers))
 
     def graph(self, pos, batch, edge_index=None):
-        """pos (N, 3), batch (N,) -> Graph of the pairs within cutoff_upper; edge_index: those, if they are known."""
-        if edge_index is None:
+        """pos (N, 3), batch (N,) -> Graph of the pairs within cutoff_upper.
+
+        edge_index (2, P): those pairs, if they are known; others may be among them, they get no weight.
+        """
+        given = edge_index is not None
+        if not given:
             edge_index = radius_graph(pos, batch, self.config.cutoff_upper, self.config.max_num_neighbors)
         j, i = edge_index
         edge_vec = pos.index_select(0, j) - pos.index_select(0, i)  # (P, 3)
@@ -376,6 +388,7 @@ class EquivariantLayers(nn.Module):
             cutoff=cosine_cutoff(edge_weight, self.config.cutoff_upper).unsqueeze(-1),
             edge_attr=self.distance_expansion(edge_weight),
             self_attr=self.distance_expansion(pos.new_zeros(1)),
+            inside=(edge_weight < self.config.cutoff_upper).to(pos.dtype).unsqueeze(-1) if given else None,
         )
 
     def layers(self, x, vec, graph):

@@ -620,6 +620,18 @@ def load_data(config, rank, world):
     return molecules, batches, validation_batches(molecules, val, config.inference_batch_size)
 
 
+def check_compiler(device):
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise InputError("compile = true needs a C++ compiler, g++ or clang++: install one, or set compile=false")
+
+
+def compile_layers(model, device):
+    """Compile the attention layers: for all sizes at once, so that a resumed run has the bits of an unbroken one."""
+    check_compiler(device)
+    for layer in (m for m in model.modules() if isinstance(m, EquivariantMultiHeadAttention)):
+        layer.compile(dynamic=True)
+
+
 def make_model(config, device):
     torch.manual_seed(config.seed)
     try:
@@ -627,10 +639,7 @@ def make_model(config, device):
     except RuntimeError as error:  # the allocator's
         raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
     if config.compile:
-        if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise InputError("compile = true needs a C++ compiler, g++ or clang++: install one, or set compile=false")
-        for layer in (m for m in model.modules() if isinstance(m, EquivariantMultiHeadAttention)):
-            layer.compile(dynamic=True)
+        compile_layers(model, device)
     return model
 
 

@@ -56,6 +56,19 @@ def test_forces_are_minus_the_slope_of_the_energy(ethanol):
         assert forces[atom, axis] == pytest.approx(-(energies[0] - energies[1]) / 2e-4, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_equals_uncompiled(ethanol, best):
+    """On ethanol, on ethanol drawn out beyond the cutoff, and on half of it: other shapes, other pairs."""
+    compiled = GeoReconCalculator(best, compile=True)
+    for atoms in (ethanol, ethanol[:5]):
+        for stretched in (1.0, 2.5):
+            one, two = (
+                ase.Atoms(atoms.numbers, stretched * atoms.positions, calculator=c) for c in (ethanol.calc, compiled)
+            )
+            assert one.get_potential_energy() == pytest.approx(two.get_potential_energy(), rel=1e-6)
+            assert np.allclose(one.get_forces(), two.get_forces(), atol=1e-5)
+
+
 def test_the_pair_list_is_renewed_in_time(ethanol):
     """A hydrogen goes away and comes back in steps below and above the skin; a new calculator never has an old list."""
     ethanol.get_forces()

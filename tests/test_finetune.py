@@ -580,6 +580,20 @@ def test_resumed_is_bitwise_the_same(tiny, name, settings):
     fails([f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20"], "already holds a run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gap", "forces"])
+def test_compiled_equals_uncompiled(tiny, name):
+    """To rounding; and a compiled run that goes on ends with the bits of one that was not stopped."""
+    start(name)
+    start(name, "compile=true", out="out/compiled")
+    for a, b in zip(read_log(f"out/{name}"), read_log("out/compiled"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    start(name, "compile=true", "max_steps=2", out="out/again")
+    start(name, "compile=true", "resume=true", out="out/again")
+    assert same_bits("out/compiled", "out/again")
+
+
 def test_a_run_stopped_between_two_files_goes_on(tiny, monkeypatch):
     """best.pt of step 5 is written, the run stops before last.pt of step 7."""
     whole = start("gap", "max_steps=9", out="out/whole")

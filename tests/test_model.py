@@ -398,6 +398,35 @@ def test_max_num_neighbors_is_a_bound_that_counts_the_atom_itself(device):
         radius_graph(pos, batch, 5.0, most - 1)
 
 
+def test_multiple_fills_up_with_pairs_beyond_the_cutoff(device):
+    _, pos, batch = collate(["aspirin", "dissociated", "argon"])
+    pos, batch = pos.to(device), batch.to(device)
+    near, everything = radius_graph(pos, batch, 5.0), radius_graph(pos, batch, 100.0)
+    for multiple in (1, 2, 16, 200, 10_000):
+        found = radius_graph(pos, batch, 5.0, multiple=multiple)
+        assert found.shape[1] == min(-(-near.shape[1] // multiple) * multiple, everything.shape[1])
+        assert {*zip(*near.tolist())} <= {*zip(*found.tolist())} <= {*zip(*everything.tolist())}
+        assert (found[1].diff() >= 0).all() and (found[0] > found[1]).all()
+
+
+@pytest.mark.parametrize("vector_cutoff", [False, True])
+def test_pairs_beyond_the_cutoff_have_no_weight(vector_cutoff, device):
+    """Values, gradients and second gradients are those without them."""
+    z, pos, batch = (tensor.to(device) for tensor in collate(["aspirin", "dissociated", "argon"]))
+    encoder = fill(EquivariantTransformer(small(vector_cutoff=vector_cutoff))).to(device, pos.dtype)
+    found = []
+    for cutoff in (5.0, 100.0):
+        pos = pos.detach().requires_grad_()
+        encoder.zero_grad()
+        x, vec = encoder(z, pos, batch, radius_graph(pos, batch, cutoff))
+        (slope,) = torch.autograd.grad(x.square().sum() + vec.square().sum(), pos, create_graph=True)
+        slope.square().sum().backward()
+        found.append([x, vec, slope, pos.grad, *[p.grad for p in encoder.parameters() if p.grad is not None]])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * a.abs().max().item())
+
+
 class Largest(TorchDispatchMode):
     """Size of the largest tensor that any operation makes."""
 

@@ -1,0 +1,481 @@
+"""How fast this code is: against TorchMD-NET's own on the same weights and molecules, and against the machine.
+
+    python benchmark.py                                   every case; half an hour on one core
+    python benchmark.py encoder forces larger=FILE.h5     some cases, with larger molecules of your own
+    python benchmark.py device=cuda
+
+encoder    forward, and forward + backward, 256 channels, 8 layers: 50 molecules of `small`, 50 of `larger`
+pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2
+forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
+md         energy and forces of one frame, as dynamics asks for them
+loader     reading batches from a file of 3.4 million molecules
+lipschitz  the Lipschitz constants of 100 molecules, at once and one by one from the exact Jacobian
+ranks      pretraining with one and with two processes
+growth     the encoder with more atoms in a molecule, and with more molecules in a batch
+
+Times are medians of interleaved rounds on one thread, ratios medians of the rounds' ratios. The peer is
+torchmd-net 3.1.0, if it is installed beside this (pip install torchmd-net==3.1.0 ase, 5 GB with torch). What limits:
+`arithmetic`, the multiply-adds of all matrix products at the rate of a large product on this machine; `bytes`, what the
+uncompiled operations read and write, each on its own, at the rate of a large copy. Everything is written to `out`.
+"""
+
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import lipschitz
+from data import InputError, Molecules, StepBatches, cli
+from finetune import PropertyModel
+from model import EquivariantTransformer, ModelConfig, setting
+from pretrain import PretrainConfig, build_config, compile_layers, keep_freed_memory, make_model, provenance, train_step
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    small: str = "data/qm9_demo.h5"  # molecules of about 18 atoms
+    larger: str = ""  # file of molecules of about 33 atoms; empty: its rows are left out
+    md17: str = "data/md17_aspirin.h5"  # frames of one molecule with energies and forces
+    device: str = setting("cpu", choices=("cpu", "cuda"))
+    rounds: int = setting(5, low=1)
+    out: str = "out/benchmark.json"
+
+
+PUBLISHED = dict(x_norm_layer=False, vec_norm_layer="none", vec_norm_out="none")  # TorchMD-NET has no such norms
+WIDE = ModelConfig(**PUBLISHED)
+FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, device):
+    synchronise(device)
+    began = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def race(contenders, rounds, device):
+    """{name: function} -> {name: seconds of each round}, in turns; the first two calls of each do not count."""
+    for function in contenders.values():
+        function()
+        function()
+    times = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, function in contenders.items():
+            times[name].append(seconds(function, device))
+    return times
+
+
+def machine(device):
+    """-> multiply-adds of a large matrix product, bytes of a large copy, each per second."""
+    a = torch.rand(2048, 2048, device=device)
+    block = torch.rand(1 << 26, device=device)  # 256 MiB: no cache holds it
+    target = torch.empty_like(block)
+    times = race({"product": lambda: a @ a, "copy": lambda: target.copy_(block)}, 5, device)
+    return 2048**3 / statistics.median(times["product"]), 2 * 4 * len(block) / statistics.median(times["copy"])
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that the operations inside read and write, each on its own; views cost nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage().data_ptr() for t in read}
+        in_place = func._schema.is_mutable
+        if in_place or any(t.untyped_storage().data_ptr() not in known for t in made):
+            sizes = (min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in [*read, *made])
+            self.total += sum(sizes)
+        return out
+
+
+def limits(function, rates):
+    """Seconds that the function's matrix products take at the machine's rate, and its operations' bytes at its rate."""
+    with FlopCounterMode(display=False) as products:
+        function()
+    with Traffic() as traffic:
+        function()
+    return {"arithmetic": products.get_total_flops() / 2 / rates[0], "bytes": traffic.total / rates[1]}
+
+
+# ---------------------------------------------------------------- the peer
+
+
+def peer_of(model):
+    """TorchMD-NET's model with the weights of a PropertyModel; None if it is not installed."""
+    try:
+        from torchmdnet.models.model import create_model
+    except ImportError:
+        return None
+    c = model.encoder.config
+    peer = create_model(
+        dict(embedding_dimension=c.embedding_dimension, num_layers=c.num_layers, num_rbf=c.num_rbf)
+        | dict(num_heads=c.num_heads, cutoff_lower=0.0, cutoff_upper=c.cutoff_upper, max_z=c.max_z)
+        | dict(model="equivariant-transformer", output_model="Scalar", prior_model=None, derivative=True)
+        | dict(rbf_type="expnorm", trainable_rbf=False, activation="silu", attn_activation="silu")
+        | dict(neighbor_embedding=True, distance_influence="both", vector_cutoff=False, precision=32)
+        | dict(max_num_neighbors=128, aggr="add", reduce_op="add", static_shapes=False, check_errors=True)
+        | dict(box_vecs=None, atom_filter=-1, charge=False, spin=False)
+    )
+    ours = {f"representation_model.{key}": value for key, value in model.encoder.state_dict().items()}
+    ours |= {f"output_model.{key}": value for key, value in model.head.state_dict().items()}
+    theirs = peer.state_dict()
+    matched = {key: ours.get(key.replace("update_net.layers.", "update_net.")) for key in theirs}
+    unknown = [key for key, _ in peer.named_parameters() if matched[key] is None]
+    if unknown:
+        raise InputError(f"torchmd-net has other weights than 3.1.0: {', '.join(unknown)}")
+    peer.load_state_dict({key: theirs[key] if value is None else value for key, value in matched.items()})
+    return peer
+
+
+# ---------------------------------------------------------------- workloads: {contender: function}
+
+
+def some(path, number, device, forces=False):
+    """`number` random molecules of a file -> the arrays of Molecules.read on the device."""
+    molecules = Molecules(path)
+    index = np.random.default_rng(0).permutation(len(molecules))[:number]
+    return {key: value.to(device) for key, value in molecules.read(index, forces).items()}
+
+
+def property_model(config, device):
+    torch.manual_seed(0)
+    return PropertyModel(EquivariantTransformer(config), "scalar", "sum", torch.zeros(config.max_z)).to(device)
+
+
+def encode(encoder, training, bf16, mol, parts=1):
+    """A forward pass, with its backward pass if training; in `parts`, which is what `accumulate` does for memory."""
+    molecules = int(mol["batch"][-1]) + 1
+    for part in range(parts):
+        first, stop = part * molecules // parts, (part + 1) * molecules // parts
+        of = (mol["batch"] >= first) & (mol["batch"] < stop)
+        z, pos, batch = mol["z"][of], mol["pos"][of], mol["batch"][of] - first
+        with torch.set_grad_enabled(training), torch.autocast(pos.device.type, torch.bfloat16, enabled=bf16):
+            x, vec, *_ = encoder(z, pos, batch)
+        if training:
+            (x.square().mean() + vec.square().mean()).backward()
+    encoder.zero_grad()
+
+
+def encoder_work(file, training, config):
+    """The encoder on 50 molecules of config.<file>."""
+    device = torch.device(config.device)
+    mol = some(getattr(config, file), 50, device)
+    model = property_model(WIDE, device)
+    compiled = copy.deepcopy(model.encoder)
+    compile_layers(compiled, device)
+    work = {"ours": partial(encode, model.encoder, training, False, mol)}
+    work["compiled"] = partial(encode, compiled, training, False, mol)
+    if training:
+        work["bf16"] = partial(encode, model.encoder, training, True, mol)
+        work["bf16, compiled"] = partial(encode, compiled, training, True, mol)
+        work["in 10 parts"] = partial(encode, model.encoder, training, False, mol, 10)
+    if peer := peer_of(model):
+        work["peer"] = partial(encode, peer.representation_model.to(device), training, False, mol)
+    return work
+
+
+def pretrain_work(config):
+    device, work = torch.device(config.device), {}
+    molecules = Molecules(config.small)
+    objectives = {"coord": {"objective": "coord"}, "georecon": {}, "georecon, alpha 1.2": {"alpha": 1.2}}
+    for name, settings in objectives.items():
+        for compiled in (False, True):
+            of = PretrainConfig(batch_size=50, compile=compiled, **settings)
+            model = make_model(of, device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+            parts = StepBatches(molecules, np.arange(len(molecules)), of.batch_size, of.seed)[0]
+
+            def step(model=model, optimizer=optimizer, parts=parts, of=of):
+                train_step(model, parts, 0, device, of, 1)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            work[f"{name}, compiled" if compiled else name] = step
+    return work
+
+
+def energy_and_forces(model, mol, training):
+    """Energies and forces of the molecules; if training, the gradient of their mean square errors, too."""
+    num = int(mol["batch"][-1]) + 1
+    if isinstance(model, PropertyModel):
+        energy, forces = model(mol["z"], mol["pos"], mol["batch"], num, forces=True)
+    else:
+        energy, forces = model(mol["z"], mol["pos"], mol["batch"])
+    if training:
+        (energy.square().mean() + (forces - mol["forces"]).square().mean()).backward()
+        model.zero_grad()
+
+
+def forces_work(number, training, config):
+    device = torch.device(config.device)
+    mol = some(config.md17, number, device, forces=True)
+    model = property_model(FORCES, device).train(training).requires_grad_(training)
+    compiled = copy.deepcopy(model)
+    compiled.compile_derivative(device)
+    work = {"ours": partial(energy_and_forces, model, mol, training)}
+    work["compiled"] = partial(energy_and_forces, compiled, mol, training)
+    if peer := peer_of(model):
+        peer = peer.to(device).train(training).requires_grad_(training)
+        work["peer"] = partial(energy_and_forces, peer, mol, training)
+    return work
+
+
+WORKLOADS = {
+    "encoder, small, forward": partial(encoder_work, "small", False),
+    "encoder, small, step": partial(encoder_work, "small", True),
+    "encoder, larger, forward": partial(encoder_work, "larger", False),
+    "encoder, larger, step": partial(encoder_work, "larger", True),
+    "pretrain": pretrain_work,
+    "forces, 4 frames": partial(forces_work, 4, True),
+    "forces, 32 frames": partial(forces_work, 32, True),
+    "md, 1 frame": partial(forces_work, 1, False),
+}
+
+
+def peak_mib():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def alone(workload, contender, allocator, settings):
+    """One contender in a process of its own, with our allocator settings or the default's -> seconds, MiB it adds."""
+    command = [sys.executable, __file__, "alone", workload, contender, allocator, *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{workload}, {contender}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_alone(workload, contender, allocator, config):
+    if allocator == "ours":
+        keep_freed_memory()
+    device = torch.device(config.device)
+    function = WORKLOADS[workload](config)[contender]
+    before = peak_mib()
+    times = race({contender: function}, min(3, config.rounds), device)[contender]
+    print(json.dumps({"seconds": statistics.median(times), "mib": peak_mib() - before}))
+
+
+# ---------------------------------------------------------------- cases
+
+
+def compare(workload, reference, config, rates, settings):
+    """The contenders of a workload in turns, beside the reference if it is there -> rows."""
+    device = torch.device(config.device)
+    work = WORKLOADS[workload](config)
+    times = race(work, config.rounds, device)
+    rows = []
+    for name, function in work.items():
+        row = {"case": workload, "contender": name, "seconds": statistics.median(times[name])}
+        if reference in times and name != reference:
+            pairs = zip(times[reference], times[name], strict=True)
+            row["times_faster"] = statistics.median(a / b for a, b in pairs)
+        if name in ("ours", "coord", "georecon", "georecon, alpha 1.2"):
+            row["limits"] = limits(function, rates)
+        rows.append(row)
+    return rows
+
+
+def encoder(config, rates, settings):
+    for file in ("small", "larger") if config.larger else ("small",):
+        yield from compare(f"encoder, {file}, forward", "peer", config, rates, settings)
+        workload = f"encoder, {file}, step"
+        rows = compare(workload, "peer", config, rates, settings)
+        if config.device == "cpu" and any(row["contender"] == "peer" for row in rows):
+            found = alone(workload, "peer", "default", settings)
+            rows.append({"case": workload, "contender": "peer, as installed", **found})
+            for row in rows[:-1]:
+                row["times_faster_installed"] = found["seconds"] / row["seconds"]
+        for row in rows:
+            if row["contender"] in ("ours", "compiled", "in 10 parts", "peer"):
+                row["mib"] = alone(workload, row["contender"], "ours", settings)["mib"]
+        yield from rows
+
+
+def pretrain(config, rates, settings):
+    yield from compare("pretrain", "coord", config, rates, settings)
+
+
+def forces(config, rates, settings):
+    for frames in (4, 32):
+        yield from compare(f"forces, {frames} frames", "peer", config, rates, settings)
+
+
+def md(config, rates, settings):
+    yield from compare("md, 1 frame", "peer", replace(config, rounds=10 * config.rounds), rates, settings)
+
+
+def loader(config, rates, settings):
+    """Batches of 200 from the molecules of `small`, written again and again up to 3.4 million."""
+    small = Molecules(config.small)
+    atoms = small.read(np.arange(len(small)))
+    copies = -(-3_400_000 // len(small))
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/large.h5"
+        with h5py.File(path, "w") as file:
+            file.attrs.update(small.attrs)
+            for name, value in (("z", atoms["z"].numpy().astype(np.uint8)), ("pos", atoms["pos"].numpy())):
+                dataset = file.create_dataset(name, (copies * len(value), *value.shape[1:]), value.dtype)
+                for k in range(copies):
+                    dataset[k * len(value) : (k + 1) * len(value)] = value
+            file["ptr"] = np.concatenate([[0], np.tile(np.diff(small.ptr), copies).cumsum()])
+            file["id"] = np.arange(copies * len(small))
+        molecules = Molecules(path)
+        batches = StepBatches(molecules, np.arange(len(molecules)), 200, seed=1)
+        batches[0]
+        before, began = peak_mib(), time.perf_counter()
+        for step in range(500):
+            batches[step]
+        elapsed = time.perf_counter() - began
+    yield {"case": "loader", "contender": "one process", "per_second": 500 * 200 / elapsed, "mib": peak_mib() - before}
+
+
+def lipschitz_constants(config, rates, settings):
+    """64 channels, 4 layers, fresh weights, in float64: 25 iterations for 100 molecules, whole Jacobians for 10."""
+    torch.manual_seed(0)
+    model = EquivariantTransformer(ModelConfig(embedding_dimension=64, num_layers=4, num_rbf=32)).double()
+    of = lipschitz.LipschitzConfig(data=config.small, num_molecules=100)
+    device = torch.device(config.device)
+    model = model.to(device).requires_grad_(False)
+    molecules, index = lipschitz.choose(of)
+    ones = torch.ones(64, dtype=torch.float64, device=device)
+    together, few = (list(lipschitz.batches(molecules, part, of, device)) for part in (index, index[:10]))
+    found = {}
+
+    def measure(name, parts, of):
+        found[name] = torch.cat([lipschitz.last_of(lipschitz.constants(model, part, ones, of))[:, 0] for part in parts])
+
+    work = {
+        "at once": partial(measure, "at once", together, of),
+        "one by one": partial(measure, "one by one", few, replace(of, exact=True)),
+    }
+    times = race(work, min(3, config.rounds), device)
+    exact = 10 * statistics.median(times["one by one"])  # seconds for 100
+    error = (found["at once"][:10] / found["one by one"] - 1).abs().max().item()
+    fast = statistics.median(times["at once"])
+    row = {"case": "lipschitz, 100", "contender": "at once", "seconds": fast, "times_faster": exact / fast}
+    yield row | {"largest_error": error}
+    yield {"case": "lipschitz, 100", "contender": "one by one", "seconds": exact}
+
+
+def ranks(config, rates, settings):
+    """Steps of configs/qm9_small.yaml by one process on one core, and by two."""
+    rate = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (1, 2, 1, 2):
+            out = f"{folder}/{len(os.listdir(folder))}"
+            launch = ["-m", "torch.distributed.run", f"--nproc_per_node={world}"] if world > 1 else []
+            command = [sys.executable, *launch, "pretrain.py", "configs/qm9_small.yaml", f"data={config.small}"]
+            command += ["split=", "val_size=32", "max_steps=60", "log_every=20", f"out_dir={out}", "num_workers=0"]
+            options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": Path(__file__).parent}
+            subprocess.run(command, check=True, capture_output=True, **options)
+            log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+            found = [record["molecules_per_s"] for record in log if record["split"] == "train"]
+            rate.setdefault(world, []).append(statistics.median(found))
+    one, two = (statistics.median(rate[world]) for world in (1, 2))
+    yield {"case": "ranks", "contender": "1 process", "per_second": one}
+    yield {"case": "ranks", "contender": "2 processes", "per_second": two, "times_faster": two / one}
+
+
+def growth(config, rates, settings):
+    """128 channels, 6 layers, forward and backward: ever larger clusters of one molecule, ever more molecules."""
+    device = torch.device(config.device)
+    model = property_model(FORCES, device).encoder
+    one = some(config.small, 1, device)
+    pos, n = one["pos"] - one["pos"].mean(0), len(one["z"])
+    spacing = 1.0 + float((pos.amax(0) - pos.amin(0)).max())  # angstrom; the copies nearly touch
+    for atoms in (10, 25, 50, 100, 200, 400):
+        copies = -(-atoms // n)
+        side = round(copies ** (1 / 3) + 0.499)
+        cells = torch.cartesian_prod(*[torch.arange(side, device=device)] * 3)[:copies] * spacing  # (c, 3)
+        cluster = (pos.unsqueeze(0) + cells.unsqueeze(1)).reshape(-1, 3)[:atoms]
+        mol = {"z": one["z"].repeat(copies)[:atoms], "pos": cluster, "batch": torch.zeros_like(cluster[:, 0]).long()}
+        times = race({"": partial(encode, model, True, False, mol)}, config.rounds, device)[""]
+        yield {"case": "growth, atoms", "contender": str(atoms), "seconds": statistics.median(times)}
+    for number in (10, 20, 50, 100, 200):
+        mol = some(config.small, number, device)
+        times = race({"": partial(encode, model, True, False, mol)}, config.rounds, device)[""]
+        yield {"case": "growth, molecules", "contender": str(number), "seconds": statistics.median(times)}
+
+
+CASES = {"encoder": encoder, "pretrain": pretrain, "forces": forces, "md": md, "loader": loader}
+CASES |= {"lipschitz": lipschitz_constants, "ranks": ranks, "growth": growth}
+
+
+# ---------------------------------------------------------------- table
+
+
+def line(row):
+    """A row of the table on the terminal."""
+    took = f"{1000 * row['seconds']:.1f} ms" if "seconds" in row else f"{row['per_second']:,.0f} a second"
+    limit = " ".join(f"{name} {1000 * value:.1f} ms" for name, value in row.get("limits", {}).items())
+    ratios = (row.get("times_faster"), row.get("times_faster_installed"))
+    faster = "".join(" " * 9 if ratio is None else f"{ratio:>9.2f}" for ratio in ratios)
+    memory = f"{row['mib']:>8.0f} MiB" if "mib" in row else " " * 12
+    return f"{row['case']:<26}{row['contender']:<30}{took:>18}{faster}{memory}  {limit}".rstrip()
+
+
+def main(arguments):
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
+    settings = [argument for argument in arguments if "=" in argument]
+    config = build_config(BenchmarkConfig, dict(argument.split("=", 1) for argument in settings))
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device = cuda: torch finds no GPU", code=2)
+    if config.device == "cpu":
+        torch.set_num_threads(1)
+    if arguments[:1] == ["alone"]:
+        return run_alone(*arguments[1:4], config)
+    chosen = [argument for argument in arguments if "=" not in argument] or list(CASES)
+    if unknown := [case for case in chosen if case not in CASES]:
+        raise InputError(f"no case {unknown[0]!r}: there are {', '.join(CASES)}", code=2)
+    for path in (config.small, config.larger, config.md17 if {"forces", "md"} & set(chosen) else ""):
+        if path:
+            Molecules(path)
+    keep_freed_memory()
+    device = torch.device(config.device)
+    result = provenance(device, 1)
+    result |= {"peer": "torchmd-net 3.1.0" if peer_of(property_model(FORCES, device)) else "not installed"}
+    rates = machine(device)
+    result |= {"multiply_adds_per_s": rates[0], "bytes_per_s": rates[1], "settings": config.__dict__, "rows": []}
+    print(f"peer: {result['peer']}; products {rates[0] / 1e9:.0f} GMAC/s, copies {rates[1] / 1e9:.1f} GB/s")
+    print(f"{'':<56}{'time':>18}{'faster':>9}{'installed':>9}{'memory':>12}  limits")
+    for case in chosen:
+        for row in CASES[case](config, rates, settings):
+            result["rows"].append(row)
+            print(line(row), flush=True)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli(main)
