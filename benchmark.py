@@ -77,9 +77,8 @@ def seconds(function, device):
 
 
 def race(contenders, rounds, device):
-    """{name: function} -> {name: seconds of each round}, in turns; the first two calls of each do not count."""
+    """{name: function} -> {name: seconds of each round}, in turns; a first call of each does not count."""
     for function in contenders.values():
-        function()
         function()
     times = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -264,9 +263,9 @@ def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def alone(workload, contender, allocator, settings):
+def alone(workload, contender, allocator, settings, rounds):
     """One contender in a process of its own, with our allocator settings or the default's -> seconds, MiB it adds."""
-    command = [sys.executable, __file__, "alone", workload, contender, allocator, *settings]
+    command = [sys.executable, __file__, "alone", workload, contender, allocator, *settings, f"rounds={rounds}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{workload}, {contender}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
@@ -279,7 +278,7 @@ def run_alone(workload, contender, allocator, config):
     device = torch.device(config.device)
     function = WORKLOADS[workload](config)[contender]
     before = peak_mib()
-    times = race({contender: function}, min(3, config.rounds), device)[contender]
+    times = race({contender: function}, config.rounds, device)[contender]
     print(json.dumps({"seconds": statistics.median(times), "mib": peak_mib() - before}))
 
 
@@ -309,13 +308,13 @@ def encoder(config, rates, settings):
         workload = f"encoder, {file}, step"
         rows = compare(workload, "peer", config, rates, settings)
         if config.device == "cpu" and any(row["contender"] == "peer" for row in rows):
-            found = alone(workload, "peer", "default", settings)
+            found = alone(workload, "peer", "default", settings, config.rounds)
             rows.append({"case": workload, "contender": "peer, as installed", **found})
             for row in rows[:-1]:
                 row["times_faster_installed"] = found["seconds"] / row["seconds"]
         for row in rows:
             if row["contender"] in ("ours", "compiled", "in 10 parts", "peer"):
-                row["mib"] = alone(workload, row["contender"], "ours", settings)["mib"]
+                row["mib"] = alone(workload, row["contender"], "ours", settings, 1)["mib"]
         yield from rows
 
 

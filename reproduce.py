@@ -119,6 +119,10 @@ STUDIES = {
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1, 2), FACTORS),
+    # what bfloat16 products cost: beside georecon_rms and coord_rms of the control
+    "precision": seeds(
+        (1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in ("coord", "georecon")}
+    ),
     # does it help where g is used? Needs the encoders of graph_embedding
     "thermal": seeds(
         (1,),
