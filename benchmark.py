@@ -21,8 +21,8 @@ uncompiled operations read and write, each on its own, at the rate of a large co
 
 import copy
 import json
+import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,6 +94,14 @@ def machine(device):
     target = torch.empty_like(block)
     times = race({"product": lambda: a @ a, "copy": lambda: target.copy_(block)}, 5, device)
     return 2048**3 / statistics.median(times["product"]), 2 * 4 * len(block) / statistics.median(times["copy"])
+
+
+def bfloat16_is_fast(device):
+    """Whether the machine has instructions for it: without them it is ten times slower than float32."""
+    a = torch.rand(512, 512, device=device)
+    b = a.bfloat16()
+    times = race({"float32": lambda: a @ a, "bfloat16": lambda: b @ b}, 3, device)
+    return min(times["bfloat16"]) < min(times["float32"])
 
 
 class Traffic(TorchDispatchMode):
@@ -191,9 +199,10 @@ def encoder_work(file, training, config):
     work = {"ours": partial(encode, model.encoder, training, False, mol)}
     work["compiled"] = partial(encode, compiled, training, False, mol)
     if training:
-        work["bf16"] = partial(encode, model.encoder, training, True, mol)
-        work["bf16, compiled"] = partial(encode, compiled, training, True, mol)
-        work["in 10 parts"] = partial(encode, model.encoder, training, False, mol, 10)
+        work["in 4 parts"] = partial(encode, model.encoder, training, False, mol, 4)
+        if bfloat16_is_fast(device):
+            work["bf16"] = partial(encode, model.encoder, training, True, mol)
+            work["bf16, compiled"] = partial(encode, compiled, training, True, mol)
     if peer := peer_of(model):
         work["peer"] = partial(encode, peer.representation_model.to(device), training, False, mol)
     return work
@@ -245,6 +254,30 @@ def forces_work(number, training, config):
     return work
 
 
+def cluster(mol, atoms):
+    """Copies of a molecule on a cubic lattice, nearly touching, cut off at `atoms`: one large molecule."""
+    pos, copies = mol["pos"] - mol["pos"].mean(0), -(-atoms // len(mol["z"]))
+    side = round(copies ** (1 / 3) + 0.499)
+    spacing = 1.0 + float((pos.amax(0) - pos.amin(0)).max())  # angstrom
+    cells = torch.cartesian_prod(*[torch.arange(side, device=pos.device)] * 3)[:copies] * spacing  # (c, 3)
+    pos = (pos.unsqueeze(0) + cells.unsqueeze(1)).reshape(-1, 3)[:atoms]
+    return {"z": mol["z"].repeat(copies)[:atoms], "pos": pos, "batch": torch.zeros_like(pos[:, 0]).long()}
+
+
+ATOMS, MOLECULES = (10, 25, 50, 100, 200, 400), (10, 20, 50, 100, 200)
+
+
+def growth_work(of, config):
+    """128 channels, 6 layers, forward and backward: ever larger clusters of one molecule, ever more molecules."""
+    device = torch.device(config.device)
+    model = property_model(FORCES, device).encoder
+    if of == "atoms":
+        work = {atoms: cluster(some(config.small, 1, device), atoms) for atoms in ATOMS}
+    else:
+        work = {number: some(config.small, number, device) for number in MOLECULES}
+    return {str(size): partial(encode, model, True, False, mol) for size, mol in work.items()}
+
+
 WORKLOADS = {
     "encoder, small, forward": partial(encoder_work, "small", False),
     "encoder, small, step": partial(encoder_work, "small", True),
@@ -254,13 +287,16 @@ WORKLOADS = {
     "forces, 4 frames": partial(forces_work, 4, True),
     "forces, 32 frames": partial(forces_work, 32, True),
     "md, 1 frame": partial(forces_work, 1, False),
+    "growth, atoms": partial(growth_work, "atoms"),
+    "growth, molecules": partial(growth_work, "molecules"),
 }
 
 
 def peak_mib():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")  # of Linux; getrusage would count what the parent process had
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10 if status.exists() else math.nan
 
 
 def alone(workload, contender, allocator, settings, rounds):
@@ -313,7 +349,7 @@ def encoder(config, rates, settings):
             for row in rows[:-1]:
                 row["times_faster_installed"] = found["seconds"] / row["seconds"]
         for row in rows:
-            if row["contender"] in ("ours", "compiled", "in 10 parts", "peer"):
+            if row["contender"] in ("ours", "compiled", "in 4 parts", "peer"):
                 row["mib"] = alone(workload, row["contender"], "ours", settings, 1)["mib"]
         yield from rows
 
@@ -404,24 +440,11 @@ def ranks(config, rates, settings):
 
 
 def growth(config, rates, settings):
-    """128 channels, 6 layers, forward and backward: ever larger clusters of one molecule, ever more molecules."""
-    device = torch.device(config.device)
-    model = property_model(FORCES, device).encoder
-    one = some(config.small, 1, device)
-    pos, n = one["pos"] - one["pos"].mean(0), len(one["z"])
-    spacing = 1.0 + float((pos.amax(0) - pos.amin(0)).max())  # angstrom; the copies nearly touch
-    for atoms in (10, 25, 50, 100, 200, 400):
-        copies = -(-atoms // n)
-        side = round(copies ** (1 / 3) + 0.499)
-        cells = torch.cartesian_prod(*[torch.arange(side, device=device)] * 3)[:copies] * spacing  # (c, 3)
-        cluster = (pos.unsqueeze(0) + cells.unsqueeze(1)).reshape(-1, 3)[:atoms]
-        mol = {"z": one["z"].repeat(copies)[:atoms], "pos": cluster, "batch": torch.zeros_like(cluster[:, 0]).long()}
-        times = race({"": partial(encode, model, True, False, mol)}, config.rounds, device)[""]
-        yield {"case": "growth, atoms", "contender": str(atoms), "seconds": statistics.median(times)}
-    for number in (10, 20, 50, 100, 200):
-        mol = some(config.small, number, device)
-        times = race({"": partial(encode, model, True, False, mol)}, config.rounds, device)[""]
-        yield {"case": "growth, molecules", "contender": str(number), "seconds": statistics.median(times)}
+    """Each size in a process of its own, for its memory."""
+    for workload, sizes in (("growth, atoms", ATOMS), ("growth, molecules", MOLECULES)):
+        for size in sizes:
+            found = alone(workload, str(size), "ours", settings, config.rounds)
+            yield {"case": workload, "contender": str(size), **found}
 
 
 CASES = {"encoder": encoder, "pretrain": pretrain, "forces": forces, "md": md, "loader": loader}

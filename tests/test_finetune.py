@@ -580,6 +580,30 @@ def test_resumed_is_bitwise_the_same(tiny, name, settings):
     fails([f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20"], "already holds a run")
 
 
+def test_equal_shapes_from_step_to_step_give_the_same_forces():
+    """What compiled code is given on CUDA: the pairs, brought up to a multiple by some beyond the cutoff."""
+    molecules, shapes = Molecules(ETHANOL), set()
+    torch.manual_seed(0)
+    config = ModelConfig(**{**MODEL, "cutoff_upper": 3.0})  # ethanol as a whole lies within 5
+    model = PropertyModel(EquivariantTransformer(config), "scalar", "sum", [0.0] * 100)
+
+    def derivative(z, pos, batch, num_molecules, edge_index):
+        shapes.add(edge_index.shape[1])
+        return model.derivative(z, pos, batch, num_molecules, edge_index)
+
+    for start in range(0, 40, 4):
+        part = molecules.read(range(start, start + 4), forces=True)
+        found = []
+        for model.compiled, model.multiple in ((None, 1), (derivative, 32)):
+            model.zero_grad()
+            y, forces = model(part["z"], part["pos"], part["batch"], 4, forces=True)
+            (y.square().mean() + (forces - part["forces"]).square().mean()).backward()
+            found.append([y, forces, *[p.grad for p in model.parameters() if p.grad is not None]])
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+    assert shapes <= {96, 128, 144}  # 4 x 36 pairs are all there are
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gap", "forces"])
 def test_compiled_equals_uncompiled(tiny, name):
