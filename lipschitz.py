@@ -1,7 +1,6 @@
-"""Analysis: how smooth is the pooled embedding h of an encoder? Table 1, Table 5's row, Figure 2 and Table 8.
+"""Analysis: how smooth is the pooled embedding h of an encoder? Table 1, Table 5's row and Figure 2.
 
-    python lipschitz.py out/a/encoder.pt out/b/encoder.pt data=data/qm9_demo.h5     Table 1 and Figure 2
-    python lipschitz.py ntk out/run/step_*.pt data=data/qm9.h5                      Table 8, of a run of finetune.py
+    python lipschitz.py out/a/encoder.pt out/b/encoder.pt data=data/qm9_demo.h5
 
 A checkpoint is an encoder.pt, last.pt or step_<n>.pt of pretrain.py, or whatever else init_from of finetune.py takes.
 After them come settings, key=value: data, split, num_molecules, iterations, exact,
@@ -12,7 +11,6 @@ in 1/angstrom, since h has no unit. Twice beside it, free of the scale of h: LLC
 standardised over the molecules measured. All in float64.
 
 Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per molecule, lipschitz.png and .svg.
-`ntk` writes ntk.json.
 """
 
 import json
@@ -25,15 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cosine_similarity, mse_loss
 
 from data import InputError, Molecules, cli, split_indices
-from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, elements, encode, read_encoder, read_weights
+from finetune import FinetuneConfig, elements, encode, read_encoder
 from model import radius_graph, scatter_sum, setting
 from pretrain import (
-    FREE_TO_CHANGE,
     build_config,
-    flatten,
     keep_freed_memory,
     named_split,
     provenance,
@@ -255,98 +250,6 @@ def measure(encoder, molecules, index, config, device):
     }
 
 
-# ---------------------------------------------------------------- Table 8
-
-
-def load_step(path):
-    """-> PropertyModel in float64, FinetuneConfig, step, settings of the run, of a step_<n>.pt of finetune.py."""
-    content = read_weights(path, "name step_<n>.pt of a run of finetune.py with keep_steps=")
-    try:
-        config = build_config(FinetuneConfig, content["config"])
-        encoder, _ = read_encoder(path, config.model)
-        head = TARGETS[config.target].head if config.head == "auto" and config.target in TARGETS else config.head
-        head = head if head in HEADS else "scalar"
-        model = PropertyModel(encoder, head, config.reduce, [0.0] * encoder.config.max_z)
-        weights = {
-            key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")
-        }
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
-        raise InputError(f"{path} is no step_<n>.pt of finetune.py: {' '.join(str(error).split())[:200]}") from None
-    run = {key: value for key, value in flatten(content["config"]).items() if key not in FREE_TO_CHANGE}
-    return model.double(), config, content["step"], run | {"data_sha256": content["data_sha256"]}
-
-
-def flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def linearisation(models, z, pos, batch, y):
-    """Compare f(theta_t) with f_lin(theta_t) = f(theta_0) + J(theta_0) (theta_t - theta_0): -> a dict per model.
-
-    PAPER-SILENT: of what the cosines are. Predictions on the batch, y' (B,): as they are, and their change since
-    theta_0. Gradients of the mean square error by all parameters: against that at theta_0, and against that of f_lin.
-    """
-    first = dict(models[0].named_parameters())
-
-    def f(parameters):
-        return torch.func.functional_call(models[0], parameters, (z, pos, batch, len(y)))[0]
-
-    def gradient(parameters):
-        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        predicted = f(leaves)
-        used = torch.autograd.grad(mse_loss(predicted, y), leaves.values(), materialize_grads=True)
-        return predicted.detach(), flat(used)
-
-    start, start_gradient = gradient(first)
-    for model in models:
-        now = dict(model.named_parameters())
-        move = {name: (now[name] - p).detach() for name, p in first.items()}
-        _, change = torch.func.jvp(f, ({k: p.detach() for k, p in first.items()},), (move,))
-        predicted, now_gradient = gradient(now)
-        leaves = {name: p.detach().requires_grad_() for name, p in first.items()}
-        residual = 2 * (start + change - y) / len(y)  # d MSE / d f at f_lin(theta_t)
-        linear = flat(torch.autograd.grad(f(leaves), leaves.values(), residual, materialize_grads=True))
-        yield {
-            "prediction": cosine_similarity(predicted, start + change, dim=0).item(),
-            "prediction_change": cosine_similarity(predicted - start, change, dim=0).item(),
-            "gradient_start": cosine_similarity(now_gradient, start_gradient, dim=0).item(),
-            "gradient_linear": cosine_similarity(now_gradient, linear, dim=0).item(),
-        }
-
-
-def ntk(paths, config):
-    """Table 8 of a fine-tuning run's checkpoints, the first of which is theta_0."""
-    changed = [
-        key
-        for key in ("iterations", "exact", "position_noise_scale")
-        if getattr(config, key) != getattr(LipschitzConfig, key)
-    ]
-    if changed:
-        raise InputError(f"{changed[0]}: ntk has no such setting, leave it out", code=2)
-    loaded = sorted((load_step(path) for path in paths), key=lambda entry: entry[2])
-    models, steps = [entry[0] for entry in loaded], [entry[2] for entry in loaded]
-    if len(set(steps)) < max(2, len(steps)) or any(run != loaded[0][3] for *_, run in loaded):
-        raise InputError("ntk compares two or more different steps of one run: name its step_<n>.pt", code=2)
-    molecules, index = choose(config)
-    check_elements(molecules, index, [models[0].encoder])
-    name = "energy" if loaded[0][1].target == "energy_forces" else loaded[0][1].target
-    arrays = molecules.read(index)
-    z, pos, batch = arrays["z"], arrays["pos"].double(), arrays["batch"]
-    rest = torch.from_numpy(molecules.label(name)[index]) - models[0].restore(torch.zeros(len(index)), z, batch)
-    rows = list(linearisation(models, z, pos, batch, rest / models[0].std))
-    names = list(rows[0])
-    print(f"{'steps':<12}" + "".join(f"{name:>20}" for name in names))
-    width = 100 if steps[-1] - steps[0] >= 100 else max(1, (steps[-1] - steps[0]) // 3)
-    for start in range(steps[0], steps[-1], width):
-        inside = [row for step, row in zip(steps, rows, strict=True) if start < step <= start + width]
-        if inside:
-            means = "".join(f"{sum(row[name] for row in inside) / len(inside):>20.4f}" for name in names)
-            print(f"{f'{start}-{start + width}':<12}{means}")
-    result = {"steps": {step: row for step, row in zip(steps, rows, strict=True)}, "target": name}
-    return result | {"checkpoints": [str(path) for path in paths]}
-
-
 # ---------------------------------------------------------------- table, files, figures
 
 
@@ -459,39 +362,30 @@ def write_result(path, result):
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 
-def llc(paths, config, device):
-    """Table 1 and Figure 2 of the encoders in paths."""
-    molecules, index = choose(config)
-    encoders = [read_encoder(path, FinetuneConfig().model)[0] for path in paths]
-    check_elements(molecules, index, encoders)
-    results = {}
-    for name, encoder in zip(names_of(paths), encoders, strict=True):
-        results[name] = measure(encoder, molecules, index, config, device)
-    print("\n".join(table(results)))
-    figures = {name: summarise(found) for name, found in results.items()}
-    return {"summary": figures, "checkpoints": results, "molecules": index.tolist(), "displacements": STEPS}
-
-
 def main(arguments):
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip(), file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
-    kind = "ntk" if arguments[0] == "ntk" else "lipschitz"
-    arguments = arguments[1:] if kind == "ntk" else arguments
     paths = [argument for argument in arguments if "=" not in argument]
     config = build_config(LipschitzConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
     if not paths:
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
-    names_of(paths)
-    path = new_file(config.out_dir, f"{kind}.json")
+    names = names_of(paths)
+    path = new_file(config.out_dir, "lipschitz.json")
     keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() and kind != "ntk" else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_by, began = provenance(device, 1), time.perf_counter()
-    result = ntk(paths, config) if kind == "ntk" else llc(paths, config, device)
-    result |= {"settings": asdict(config), "wall_s": round(time.perf_counter() - began, 1), **made_by}
-    write_result(path, result)
-    if kind == "lipschitz":
-        draw(result["checkpoints"], path.parent)
+    molecules, index = choose(config)
+    encoders = [read_encoder(path, FinetuneConfig().model)[0] for path in paths]
+    check_elements(molecules, index, encoders)
+    found = {
+        name: measure(encoder, molecules, index, config, device) for name, encoder in zip(names, encoders, strict=True)
+    }
+    print("\n".join(table(found)))
+    result = {"summary": {name: summarise(one) for name, one in found.items()}, "checkpoints": found}
+    result |= {"molecules": index.tolist(), "displacements": STEPS, "settings": asdict(config)}
+    write_result(path, result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
+    draw(found, path.parent)
     print(f"{time.perf_counter() - began:.0f} s; wrote {path}")
 
 

@@ -15,11 +15,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import benchmark
 import calculator
 import data
 import finetune
 import graph_embedding
 import lipschitz
+import ntk
 import pretrain
 from data import InputError, Molecules
 
@@ -39,6 +41,8 @@ PROGRAMS = {
     "finetune": finetune.main,
     "calculator": calculator.main,
     "lipschitz": lipschitz.main,
+    "ntk": ntk.main,
+    "benchmark": benchmark.main,
     "graph_embedding": graph_embedding.main,
 }
 
@@ -231,14 +235,14 @@ WRONG_VALUES = {  # key=value of both training stages
     **{"batch_size=four": "must be int", "batch_size=": "must be int", "batch_size=1e30": "must be int"},
     **{"batch_size=1000": "batch_size 1000", "max_steps=0": "at least 1", "lr=fast": "must be float"},
     **{"lr=nan": "must be float", "lr=inf": "must be float", "lr=-1": "at least 0", "seed=-1": "at least 0"},
-    **{"resume=maybe": "must be bool", "resume=true": "nothing to resume", "data=": "data is not set"},
+    **{"resume=maybe": "bool", "resume=true": "nothing to resume", "data=": "data is not set"},
     **{"keep_steps=a": "must be int", "keep_steps=-1": "at least 0", "log_every=0": "at least 1"},
     **{"batchsize=4": "did you mean batch_size", "model.num_layer=2": "did you mean model.num_layers"},
     **{"model=3": "mapping", "model.num_heads=3": "multiple of", "model.num_layers=0": "at least 1"},
     **{"model.embedding_dimension=0": "at least 2", "model.cutoff_upper=0": "at least 0.1"},
     **{"model.vec_norm_layer=layer": "one of none, rms, whiten", "model.max_z=5": "model.max_z"},
     **{"model.max_num_neighbors=2": "max_num_neighbors", "val_size=100": "val_size", "accumulate=3": "batch_size"},
-    **{"lr_cosine_length=0": "at least 1", "deterministic=2": "must be bool", "num_workers=-1": "at least 0"},
+    **{"lr_cosine_length=0": "at least 1", "deterministic=2": "bool", "num_workers=-1": "at least 0"},
     **{"out_dir=ok.h5": "ok.h5", "out_dir=ok.h5/run": "ok.h5", "out_dir=run": "already holds a run"},
     **{
         "--resume": "key=value",
@@ -322,8 +326,16 @@ CASES = [
     ("lipschitz", ["run/encoder.pt", "iteration=5", "data=ok.h5"], 2, "did you mean iterations"),
     ("lipschitz", ["run/encoder.pt", "data=ok.h5"], 2, "there are 20"),
     ("lipschitz", ["run/encoder.pt", "run/encoder.pt", "data=ok.h5"], 2, "twice"),
-    ("lipschitz", ["ntk", "run/last.pt", "data=ok.h5"], 1, "no step_<n>.pt of finetune"),
-    ("lipschitz", ["ntk", "gap/last.pt", "data=ok.h5", "num_molecules=3"], 2, "two or more"),
+    ("ntk", [], 2, None),
+    ("ntk", ["data=ok.h5"], 2, "two or more"),
+    ("ntk", ["run/last.pt", "data=ok.h5"], 1, "no step_<n>.pt of finetune"),
+    ("ntk", ["gap/last.pt", "data=ok.h5", "num_molecules=3"], 2, "two or more"),
+    ("ntk", ["gap/last.pt", "exact=true"], 2, "unknown key exact"),
+    ("benchmark", ["encoders"], 2, "there are encoder"),
+    ("benchmark", ["rounds=0"], 2, "at least 1"),
+    ("benchmark", ["small=missing.h5"], 1, "no such file"),
+    ("benchmark", ["md17=missing.h5", "forces"], 1, "no such file"),
+    ("finetune", ["e.yaml", "compile=maybe"], 2, "bool"),
     ("graph_embedding", ["run/encoder.pt", "data=ok.h5", "num_molecules=20"], 1, "no last.pt"),
     ("graph_embedding", ["pickled.pt", "data=ok.h5", "num_molecules=20"], 1, "could run code"),
     ("graph_embedding", ["run/last.pt", "data=ok.h5", "num_molecules=5"], 2, "at least 10"),

@@ -13,6 +13,7 @@ import torch
 import finetune
 import graph_embedding
 import lipschitz
+import ntk
 import pretrain
 from data import InputError, Molecules
 from finetune import PropertyModel
@@ -185,7 +186,7 @@ def test_linearisation_is_exact_for_small_moves_and_not_for_large_ones():
             p.data += size * torch.randn_like(p)
         return model
 
-    start, near, far = lipschitz.linearisation([moved(0), moved(1e-5), moved(0.3)], z, pos, batch, y)
+    start, near, far = ntk.linearisation([moved(0), moved(1e-5), moved(0.3)], z, pos, batch, y)
     assert start["prediction"] == pytest.approx(1) and start["gradient_start"] == pytest.approx(1)
     assert near["prediction_change"] == pytest.approx(1, abs=1e-4) and near["gradient_linear"] == pytest.approx(
         1, abs=1e-3
@@ -278,7 +279,7 @@ def test_geometries_may_be_noised(runs, tmp_path):
 
 def test_table_8(runs, tmp_path, capsys):
     steps = [str(path) for path in sorted((runs / "gap").glob("step_*.pt"))]
-    lipschitz.main(["ntk", *steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
+    ntk.main([*steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
     found = json.loads((tmp_path / "ntk.json").read_text())["steps"]
     assert list(found) == ["0", "1", "2", "3", "4"] and found["0"]["gradient_start"] == pytest.approx(1)
     assert found["1"]["prediction_change"] > 0.8
@@ -291,7 +292,7 @@ def test_table_8_is_of_one_run(runs, tmp_path):
     torch.save({**content, "config": content["config"] | {"seed": 2}}, tmp_path / "other/step_2.pt")
     steps = [str(runs / "gap/step_0.pt"), str(tmp_path / "other/step_2.pt")]
     with pytest.raises(InputError, match="different steps of one run"):
-        lipschitz.main(["ntk", *steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
+        ntk.main([*steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
 
 
 def test_few_molecules_give_no_figures_that_are_none(runs, tmp_path):
@@ -344,12 +345,10 @@ BAD = [
     (["E", "split=west"], InputError, "no such split"),
     (["E", "data=nothing.h5"], InputError, "nothing.h5"),
     (["broken"], InputError, "no torch file"),
-    (["ntk", "E"], InputError, "no step_<n>.pt"),
     (["E", "iterations="], InputError, "iterations is empty"),
     (["E", "./E"], InputError, "cannot be told apart"),
     (["E", "out_dir=broken"], InputError, "broken is no folder"),
     (["small", "num_molecules=50"], InputError, "a model knows those below 8"),
-    (["ntk", "E", "exact=true"], InputError, "ntk has no such setting"),
 ]
 
 
