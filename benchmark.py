@@ -16,7 +16,8 @@ growth     the encoder with more atoms in a molecule, and with more molecules in
 Times are medians of interleaved rounds on one thread, ratios medians of the rounds' ratios. The peer is
 torchmd-net 3.1.0, if it is installed beside this (pip install torchmd-net==3.1.0 ase, 5 GB with torch). What limits:
 `arithmetic`, the multiply-adds of all matrix products at the rate of a large product on this machine; `bytes`, what the
-uncompiled operations read and write, each on its own, at the rate of a large copy. Everything is written to `out`.
+uncompiled operations read and write, each on its own, at the rate of a large copy. Each case is
+written to `out` when it is done, in the place of what that file held of it.
 """
 
 import copy
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,13 +37,22 @@ import h5py
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 import lipschitz
 from data import InputError, Molecules, StepBatches, cli
 from finetune import PropertyModel
 from model import EquivariantTransformer, ModelConfig, setting
-from pretrain import PretrainConfig, build_config, compile_layers, keep_freed_memory, make_model, provenance, train_step
+from pretrain import (
+    PretrainConfig,
+    build_config,
+    compile_layers,
+    keep_freed_memory,
+    make_model,
+    provenance,
+    train_step,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -104,30 +114,30 @@ def bfloat16_is_fast(device):
     return min(times["bfloat16"]) < min(times["float32"])
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that the operations inside read and write, each on its own; views cost nothing."""
+class Count(TorchDispatchMode):
+    """Multiply-adds of the matrix products inside, and bytes that operations read and write, each on its own."""
 
-    total = 0
+    multiply_adds = moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.multiply_adds += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) / 2
         read = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         known = {t.untyped_storage().data_ptr() for t in read}
-        in_place = func._schema.is_mutable
-        if in_place or any(t.untyped_storage().data_ptr() not in known for t in made):
-            sizes = (min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in [*read, *made])
-            self.total += sum(sizes)
+        # a view moves nothing
+        if func._schema.is_mutable or any(t.untyped_storage().data_ptr() not in known for t in made):
+            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + made)
         return out
 
 
 def limits(function, rates):
     """Seconds that the function's matrix products take at the machine's rate, and its operations' bytes at its rate."""
-    with FlopCounterMode(display=False) as products:
+    with Count() as count:
         function()
-    with Traffic() as traffic:
-        function()
-    return {"arithmetic": products.get_total_flops() / 2 / rates[0], "bytes": traffic.total / rates[1]}
+    return {"arithmetic": count.multiply_adds / rates[0], "bytes": count.moved / rates[1]}
 
 
 # ---------------------------------------------------------------- the peer
@@ -300,7 +310,10 @@ def peak_mib():
 
 
 def alone(workload, contender, allocator, settings, rounds):
-    """One contender in a process of its own, with our allocator settings or the default's -> seconds, MiB it adds."""
+    """One contender in a process of its own, with our allocator settings or the default's -> seconds, MiB it adds.
+
+    To be called before `compare`, whose process keeps the memory that it had.
+    """
     command = [sys.executable, __file__, "alone", workload, contender, allocator, *settings, f"rounds={rounds}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -341,17 +354,18 @@ def compare(workload, reference, config, rates, settings):
 def encoder(config, rates, settings):
     for file in ("small", "larger") if config.larger else ("small",):
         yield from compare(f"encoder, {file}, forward", "peer", config, rates, settings)
-        workload = f"encoder, {file}, step"
-        rows = compare(workload, "peer", config, rates, settings)
-        if config.device == "cpu" and any(row["contender"] == "peer" for row in rows):
-            found = alone(workload, "peer", "default", settings, config.rounds)
-            rows.append({"case": workload, "contender": "peer, as installed", **found})
-            for row in rows[:-1]:
-                row["times_faster_installed"] = found["seconds"] / row["seconds"]
-        for row in rows:
-            if row["contender"] in ("ours", "compiled", "in 4 parts", "peer"):
-                row["mib"] = alone(workload, row["contender"], "ours", settings, 1)["mib"]
-        yield from rows
+        workload, has_peer = f"encoder, {file}, step", peer_of(property_model(FORCES, "cpu")) is not None
+        measured = ["ours", "compiled", "in 4 parts", *(["peer"] if has_peer else [])]
+        apart = {name: alone(workload, name, "ours", settings, 1) for name in measured}
+        installed = has_peer and alone(workload, "peer", "default", settings, config.rounds)
+        for row in compare(workload, "peer", config, rates, settings):
+            if row["contender"] in apart:
+                row["mib"] = apart[row["contender"]]["mib"]
+            if installed:
+                row["times_faster_installed"] = installed["seconds"] / row["seconds"]
+            yield row
+        if installed:
+            yield {"case": workload, "contender": "peer, as installed", **installed}
 
 
 def pretrain(config, rates, settings):
@@ -482,20 +496,27 @@ def main(arguments):
     for path in (config.small, config.larger, config.md17 if {"forces", "md"} & set(chosen) else ""):
         if path:
             Molecules(path)
+    out = Path(config.out)
+    try:
+        known = json.loads(out.read_text()) if out.exists() else {}
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"out = {out}: {error}: name a file of this program, or a new one", code=2) from None
     keep_freed_memory()
     device = torch.device(config.device)
-    result = provenance(device, 1)
-    result |= {"peer": "torchmd-net 3.1.0" if peer_of(property_model(FORCES, device)) else "not installed"}
+    peer = "torchmd-net 3.1.0" if peer_of(property_model(FORCES, device)) else "not installed"
     rates = machine(device)
-    result |= {"multiply_adds_per_s": rates[0], "bytes_per_s": rates[1], "settings": config.__dict__, "rows": []}
-    print(f"peer: {result['peer']}; products {rates[0] / 1e9:.0f} GMAC/s, copies {rates[1] / 1e9:.1f} GB/s")
+    print(f"peer: {peer}; products {rates[0] / 1e9:.0f} GMAC/s, copies {rates[1] / 1e9:.1f} GB/s")
     print(f"{'':<56}{'time':>18}{'faster':>9}{'installed':>9}{'memory':>12}  limits")
+    about = provenance(device, 1) | {"peer": peer, "multiply_adds_per_s": rates[0], "bytes_per_s": rates[1]}
+    about |= {"settings": asdict(config)}
     for case in chosen:
+        rows = []
         for row in CASES[case](config, rates, settings):
-            result["rows"].append(row)
+            rows.append(row)
             print(line(row), flush=True)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+        known[case] = about | {"rows": rows}
+        write_text(out, json.dumps(known, indent=1) + "\n")
     print(f"wrote {config.out}")
 
 
