@@ -303,7 +303,7 @@ def smoothness_table(results):
         cells = []
         for figure in SMOOTHNESS.values():
             values = [figure(run) for run in runs]
-            cells.append(" / ".join("" if value is None else f"{value:.3g}" for value in values))
+            cells.append(" / ".join(f"{value:.3g}" for value in values if value is not None))
         yield f"| {arm} | {' | '.join(cells)} |"
 
 
