@@ -59,7 +59,7 @@ from pretrain import (
 class BenchmarkConfig:
     small: str = "data/qm9_demo.h5"  # molecules of about 18 atoms
     larger: str = ""  # file of molecules of about 33 atoms; empty: its rows are left out
-    md17: str = "data/md17_aspirin.h5"  # frames of one molecule with energies and forces
+    md17: str = "data/ethanol_demo.h5"  # frames of one molecule with energies and forces
     device: str = setting("cpu", choices=("cpu", "cuda"))
     rounds: int = setting(5, low=1)
     out: str = "out/benchmark.json"
