@@ -183,21 +183,20 @@ class EquivariantMultiHeadAttention(nn.Module):
         self.dk_proj = Linear(num_rbf, channels)
         self.dv_proj = Linear(num_rbf, 3 * channels)
 
-    def three(self, proj, x, skip=()):
-        """Apply v_proj or dv_proj: x (M, C) -> its parts [x, 1, 2], each (M, F), with None for a part to skip.
+    def three(self, proj, skip):
+        """Weight (F, C) and bias (F,) of the parts [x, 1, 2] of v_proj or dv_proj, None for a part to skip.
 
         UPSTREAM stores the three parts inside each head, (H, 3, D); taken apart here so that each is contiguous.
         """
         weight = proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D, C)
         bias = proj.bias.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D)
-        for part in range(3):
-            yield None if part in skip else linear(x, weight[:, part].flatten(0, 1), bias[:, part].flatten())
+        return [None if part in skip else (weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3)]
 
-    def filters(self, edge_attr, skip=()):
+    def filters(self, edge_attr, three):
         """rbf (P, K) -> dk, dx, d1, d2, each (P, F)."""
         yield silu(self.dk_proj(edge_attr))
-        for part in self.three(self.dv_proj, edge_attr, skip):
-            yield None if part is None else silu(part)
+        for part in three:
+            yield None if part is None else silu(linear(edge_attr, *part))
 
     def attend(self, query, key, filters):
         """SiLU of the head-wise product sum, before the cutoff: three (M, F) -> (M, H, 1)."""
@@ -210,9 +209,10 @@ class EquivariantMultiHeadAttention(nn.Module):
         skip = (1,) if first else ()
         x = self.layernorm(x)
         q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
-        v_x, v_1, v_2 = self.three(self.v_proj, x, skip)  # (N, F)
-        d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, skip)  # (P, F)
-        self_k, self_x, self_1, _ = self.filters(graph.self_attr, skip=(*skip, 2))  # (1, F)
+        v_x, v_1, v_2 = (None if part is None else linear(x, *part) for part in self.three(self.v_proj, skip))  # (N, F)
+        three = self.three(self.dv_proj, skip)
+        d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, three)  # (P, F)
+        self_k, self_x, self_1 = self.filters(graph.self_attr, three[:2])  # (1, F)
 
         def weigh(values, attention):  # (M, F), (M, H, 1) -> (M, F)
             return (values.unflatten(-1, (self.num_heads, -1)) * attention).flatten(-2)
@@ -231,11 +231,15 @@ class EquivariantMultiHeadAttention(nn.Module):
             cutoff = 1.0
         elif graph.inside is not None:
             d_1, d_2 = (None if d is None else d * graph.inside for d in (d_1, d_2))
-        for i, j, unit in ((graph.i, graph.j, graph.unit), (graph.j, graph.i, -graph.unit)):
+        unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
+        for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
             attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
             y.index_add_(0, i, weigh(v_x.index_select(0, j) * d_x, attention))
-            along, unit = (v_2.index_select(0, j) * d_2).unsqueeze(1), unit.unsqueeze(2)  # (P, 1, F), (P, 3, 1)
-            message = along * unit if first else torch.addcmul(vec_v.index_select(0, j) * d_1.unsqueeze(1), along, unit)
+            along = (v_2.index_select(0, j) * d_2).unsqueeze(1)  # (P, 1, F)
+            if first:
+                message = along * (sign * unit)
+            else:
+                message = torch.addcmul(vec_v.index_select(0, j) * d_1.unsqueeze(1), along, unit, value=sign)
             w.index_add_(0, i, message)  # (P, 3, F) -> (N, 3, F)
 
         u_1, u_2, u_3 = self.vec_proj(vec).chunk(3, dim=-1)  # (N, 3, F)
