@@ -21,6 +21,7 @@ written to `out` when it is done, in the place of what that file held of it.
 """
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -143,12 +144,16 @@ def limits(function, rates):
 # ---------------------------------------------------------------- the peer
 
 
+def peer_is_installed():
+    return importlib.util.find_spec("torchmdnet") is not None
+
+
 def peer_of(model):
     """TorchMD-NET's model with the weights of a PropertyModel; None if it is not installed."""
-    try:
-        from torchmdnet.models.model import create_model
-    except ImportError:
+    if not peer_is_installed():
         return None
+    from torchmdnet.models.model import create_model
+
     c = model.encoder.config
     peer = create_model(
         dict(embedding_dimension=c.embedding_dimension, num_layers=c.num_layers, num_rbf=c.num_rbf)
@@ -309,16 +314,21 @@ def peak_mib():
     return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10 if status.exists() else math.nan
 
 
+def run(command, what, **options):
+    """Run a command -> what it printed; an InputError with its last line if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise InputError(f"{what}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return done.stdout
+
+
 def alone(workload, contender, allocator, settings, rounds):
     """One contender in a process of its own, with our allocator settings or the default's -> seconds, MiB it adds.
 
     To be called before `compare`, whose process keeps the memory that it had.
     """
     command = [sys.executable, __file__, "alone", workload, contender, allocator, *settings, f"rounds={rounds}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{workload}, {contender}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run(command, f"{workload}, {contender}").splitlines()[-1])
 
 
 def run_alone(workload, contender, allocator, config):
@@ -354,10 +364,10 @@ def compare(workload, reference, config, rates, settings):
 def encoder(config, rates, settings):
     for file in ("small", "larger") if config.larger else ("small",):
         yield from compare(f"encoder, {file}, forward", "peer", config, rates, settings)
-        workload, has_peer = f"encoder, {file}, step", peer_of(property_model(FORCES, "cpu")) is not None
-        measured = ["ours", "compiled", "in 4 parts", *(["peer"] if has_peer else [])]
+        workload = f"encoder, {file}, step"
+        measured = ["ours", "compiled", "in 4 parts", *(["peer"] if peer_is_installed() else [])]
         apart = {name: alone(workload, name, "ours", settings, 1) for name in measured}
-        installed = has_peer and alone(workload, "peer", "default", settings, config.rounds)
+        installed = peer_is_installed() and alone(workload, "peer", "default", settings, config.rounds)
         for row in compare(workload, "peer", config, rates, settings):
             if row["contender"] in apart:
                 row["mib"] = apart[row["contender"]]["mib"]
@@ -440,8 +450,8 @@ def ranks(config, rates, settings):
         return
     rate = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
-        for run, world in enumerate((1, 2, 1, 2)):
-            out = f"{folder}/{run}"
+        for turn, world in enumerate((1, 2, 1, 2)):
+            out = f"{folder}/{turn}"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
             command += [
                 "pretrain.py",
@@ -451,11 +461,7 @@ def ranks(config, rates, settings):
             ]
             command += ["val_size=32", "max_steps=60", "log_every=20", "num_workers=0"]
             options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": Path(__file__).parent}
-            done = subprocess.run(command, capture_output=True, text=True, **options)
-            if done.returncode:
-                raise InputError(
-                    f"pretrain.py with {world} processes: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
-                )
+            run(command, f"pretrain.py with {world} processes", **options)
             log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
             found = [record["molecules_per_s"] for record in log if record["split"] == "train"]
             rate[world].append(statistics.median(found))
@@ -509,13 +515,13 @@ def main(arguments):
             Molecules(path)
     out = Path(config.out)
     try:
-        known = json.loads(out.read_text()) if out.exists() else {}
+        known = dict(json.loads(out.read_text())) if out.exists() else {}
         out.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"out = {out}: {error}: name a file of this program, or a new one", code=2) from None
     keep_freed_memory()
     device = torch.device(config.device)
-    peer = "torchmd-net 3.1.0" if peer_of(property_model(FORCES, device)) else "not installed"
+    peer = "torchmd-net 3.1.0" if peer_is_installed() else "not installed"
     rates = machine(device)
     print(f"peer: {peer}; products {rates[0] / 1e9:.0f} GMAC/s, copies {rates[1] / 1e9:.1f} GB/s")
     print(f"{'':<56}{'time':>18}{'faster':>9}{'installed':>9}{'memory':>12}  limits")

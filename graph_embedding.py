@@ -14,7 +14,6 @@ Writes graph_embedding.json to out_dir (default out/graph_embedding).
 """
 
 import math
-import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ import torch
 
 from data import InputError, cli, need
 from finetune import encode, read_weights, ridge
-from lipschitz import check_elements, choose, names_of, new_file, write_result
+from lipschitz import check_elements, choose, names_of, new_file, read_arguments, write_result
 from model import EquivariantTransformer, GraphPooling, Pretraining, scatter_sum, setting
 from pretrain import (
     PretrainConfig,
@@ -243,11 +242,7 @@ def study(paths, config):
 
 
 def main(arguments):
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if arguments else sys.stderr)
-        raise SystemExit(0 if arguments else 2)
-    paths = [argument for argument in arguments if "=" not in argument]
-    config = build_config(GraphEmbeddingConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
+    paths, config = read_arguments(GraphEmbeddingConfig, arguments, __doc__)
     if not paths:
         raise InputError("name one last.pt or more: python graph_embedding.py out/demo/last.pt data=FILE.h5", code=2)
     names_of(paths)

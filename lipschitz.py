@@ -316,6 +316,15 @@ def draw(results, folder):
     plt.close(figure)
 
 
+def read_arguments(kind, arguments, usage):
+    """`CHECKPOINT ... [key=value ...]` of an analysis -> paths, and the settings as the dataclass kind."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    paths = [argument for argument in arguments if "=" not in argument]
+    return paths, build_config(kind, dict(a.split("=", 1) for a in arguments if "=" in a))
+
+
 def choose(config):
     """-> Molecules and the indices of those to measure."""
     molecules = Molecules(config.data)
@@ -363,11 +372,7 @@ def write_result(path, result):
 
 
 def main(arguments):
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if arguments else sys.stderr)
-        raise SystemExit(0 if arguments else 2)
-    paths = [argument for argument in arguments if "=" not in argument]
-    config = build_config(LipschitzConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
+    paths, config = read_arguments(LipschitzConfig, arguments, __doc__)
     if not paths:
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
     names = names_of(paths)

@@ -7,7 +7,6 @@ compares the network at each step_<n>.pt, on molecules of data, with its lineari
 checkpoints come settings, key=value: data, split, num_molecules, out_dir (default out/ntk, for ntk.json).
 """
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -16,9 +15,9 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from data import InputError, cli
 from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, read_encoder, read_weights
-from lipschitz import check_elements, choose, new_file, write_result
+from lipschitz import check_elements, choose, new_file, read_arguments, write_result
 from model import setting
-from pretrain import FREE_TO_CHANGE, build_config, flatten, provenance
+from pretrain import FREE_TO_CHANGE, build_config, flatten, keep_freed_memory, provenance
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,9 @@ def table(rows):
 
 
 def main(arguments):
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if arguments else sys.stderr)
-        raise SystemExit(0 if arguments else 2)
-    paths = [argument for argument in arguments if "=" not in argument]
-    config = build_config(NtkConfig, dict(a.split("=", 1) for a in arguments if "=" in a))
+    paths, config = read_arguments(NtkConfig, arguments, __doc__)
     path = new_file(config.out_dir, "ntk.json")
+    keep_freed_memory()
     made_by, began = provenance(torch.device("cpu"), 1), time.perf_counter()
     rows, target = compare(paths, config)
     print("\n".join(table(rows)))
