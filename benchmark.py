@@ -10,7 +10,7 @@ forces     a training step of energies and forces, 128 channels, 6 layers: 4 and
 md         energy and forces of one frame, as dynamics asks for them
 loader     reading batches from a file of 3.4 million molecules
 lipschitz  the Lipschitz constants of 100 molecules, at once and one by one from the exact Jacobian
-ranks      pretraining with one and with two processes
+ranks      pretraining with one process, with two ranks, and by two runs that do not know of each other
 growth     the encoder with more atoms in a molecule, and with more molecules in a batch
 
 Times are medians of interleaved rounds on one thread, ratios medians of the rounds' ratios. The peer is
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -445,29 +446,34 @@ def lipschitz_constants(config, rates, settings):
 
 
 def ranks(config, rates, settings):
-    """Steps of configs/qm9_small.yaml by one process on one core or GPU, and by two on two."""
+    """Steps of configs/qm9_small.yaml: one process, two ranks, and two runs apart, which is what the machine allows."""
     if config.device == "cuda" and torch.cuda.device_count() < 2:
         return
-    rate = {1: [], 2: []}
-    with tempfile.TemporaryDirectory() as folder:
-        for turn, world in enumerate((1, 2, 1, 2)):
-            out = f"{folder}/{turn}"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            command += [
-                "pretrain.py",
-                "configs/qm9_small.yaml",
-                f"data={Path(config.small).resolve()}",
-                f"out_dir={out}",
-            ]
-            command += ["val_size=32", "max_steps=60", "log_every=20", "num_workers=0"]
-            options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": Path(__file__).parent}
-            run(command, f"pretrain.py with {world} processes", **options)
-            log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-            found = [record["molecules_per_s"] for record in log if record["split"] == "train"]
-            rate[world].append(statistics.median(found))
-    one, two = (statistics.median(rate[world]) for world in (1, 2))
-    yield {"case": "ranks", "contender": "1 process", "per_second": one}
-    yield {"case": "ranks", "contender": "2 processes", "per_second": two, "times_faster": two / one}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": Path(__file__).parent}
+    pretraining = ["pretrain.py", "configs/qm9_small.yaml", f"data={Path(config.small).resolve()}", "val_size=32"]
+    pretraining += ["max_steps=100", "log_every=20", "num_workers=0"]
+
+    def molecules_per_s(world, *more):
+        with tempfile.TemporaryDirectory() as folder:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+            run([*launch, *pretraining, f"out_dir={folder}/run", *more], f"pretrain.py on {world} ranks", **options)
+            log = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
+        return statistics.median(record["molecules_per_s"] for record in log if record["split"] == "train")
+
+    for form, more in (("", []), (", compiled", ["compile=true"])):
+        rate = {"1 process": [], "2 ranks": [], "2 runs apart": []}
+        for _ in range(3):
+            rate["1 process"].append(molecules_per_s(1, *more))
+            rate["2 ranks"].append(molecules_per_s(2, *more))
+            with ThreadPoolExecutor(2) as pool:
+                apart = [pool.submit(molecules_per_s, 1, *more) for _ in range(2)]
+            rate["2 runs apart"].append(sum(one.result() for one in apart))
+        for name, found in rate.items():
+            row = {"case": f"ranks{form}", "contender": name, "per_second": statistics.median(found)}
+            if name != "1 process":
+                pairs = zip(found, rate["1 process"], strict=True)
+                row["times_faster"] = statistics.median(many / one for many, one in pairs)
+            yield row
 
 
 def growth(config, rates, settings):

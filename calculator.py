@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError, check_file, cli, flaw, need, read_xyz, readable
+from data import InputError, check_file, check_out, cli, flaw, need, read_xyz, readable
 from finetune import IN_EV, load_property_model, predict_molecule
 from model import radius_graph
 from pretrain import keep_freed_memory, write_atomically
@@ -39,7 +39,11 @@ class GeoReconCalculator(ase.Calculator):
         if self.about["target"] != "energy_forces" or self.about["unit"] not in IN_EV:
             predicts = f"{self.about['target']} in {self.about['unit']}"
             raise InputError(f"{checkpoint} predicts {predicts}, not energies and forces")
-        self.model, self.device, self.cutoff = model.to(device), device, model.encoder.config.cutoff_upper
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or cannot reach
+            raise InputError(f"device = {device}: {str(error).partition('. ')[0]}") from None
+        self.model, self.device, self.cutoff = model, device, model.encoder.config.cutoff_upper
         if compile:
             self.model.compile_derivative(torch.device(device))
         self.listed = None  # z, pos when the list was made, pairs within cutoff + SKIN
@@ -104,12 +108,7 @@ def main(arguments):
             raise InputError(f"argument {option!r}: ps=2 or temperature=300", code=2) from None
     if not (0.001 <= settings["ps"] <= 1e6 and 0 <= settings["temperature"] <= 1e5):
         raise InputError("ps must be from 0.001 to 1e6, and temperature from 0 to 1e5", code=2)
-    if Path(out).suffix not in (".png", ".svg"):
-        raise InputError(f"{out}: the figure must end in .png or .svg", code=2)
-    if not Path(out).parent.is_dir():
-        raise InputError(f"{Path(out).parent}: no such folder to write {Path(out).name} in: create it first")
-    if Path(out).exists():
-        raise InputError(f"{out} exists: remove it or choose another name")
+    check_out(Path(out), ".png", ".svg")
     check_file(start, "give an xyz of the molecule")
     plt = need("matplotlib.pyplot", "drawing")
     keep_freed_memory()

@@ -26,6 +26,7 @@ Datasets are contiguous and uncompressed, so a batch is a few reads at known off
 
 import bz2
 import csv
+import ctypes
 import gzip
 import hashlib
 import importlib
@@ -57,6 +58,7 @@ SCHEMA = "georecon/1"
 HAR2EV = 27.211386246  # eV per Hartree
 # Below every bond there is (H-H 0.74 Å), also in hot molecular dynamics: two atoms this near are a broken file.
 MIN_DISTANCE = 0.5  # Å
+MAX_COORDINATE = 1e5  # Å; beyond it float32 does not hold a bond to a hundredth
 SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y
 Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
 Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
@@ -97,12 +99,23 @@ def cli(main):
     script = Path(sys.argv[0]).name
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except (OSError, UnicodeEncodeError) as error:  # the output cannot be written: a full disk, a closed pipe
+        where, cause = getattr(error, "filename", None) or "standard output", getattr(error, "strerror", None) or error
+        print(f"{script}: error: {where}: {cause}", file=sys.stderr)
+        mute()
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def mute():
+    """Whatever is printed from now on is lost, instead of failing again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_file(path, remedy):
@@ -166,7 +179,7 @@ class Molecules:
         """Hold every dataset against the schema, and note where in the file it lies."""
         self.ptr = self._dataset(file, "ptr", "int64", (None,))[:]
         num_molecules = len(self.ptr) - 1
-        if num_molecules < 1 or self.ptr[0] != 0 or np.diff(self.ptr).min() < 1:
+        if num_molecules < 1 or self.ptr[0] != 0 or (self.ptr[1:] <= self.ptr[:-1]).any():
             raise InputError(f"{self.path}: ptr must start at 0 and rise with every molecule: convert it again")
         num_atoms = int(self.ptr[-1])
         expected = {"z": ("uint8", (num_atoms,)), "pos": ("float32", (num_atoms, 3)), "id": ("int64", (num_molecules,))}
@@ -174,17 +187,22 @@ class Molecules:
             expected["energy"] = ("float64", (num_molecules,))
         if "forces" in file:
             expected["forces"] = ("float32", (num_atoms, 3))
+        if taken := {"energy", "forces"} & set(file.get("y", ())):
+            raise InputError(f"{self.path}: dataset y/{min(taken)}: the name belongs to the one without y/: rename it")
         expected |= {f"y/{name}": ("float64", (num_molecules,)) for name in file.get("y", ())}
         self.units, self._layout = {}, {}
         for name, (dtype, shape) in expected.items():
             dataset = self._dataset(file, name, dtype, shape)
             if name not in ("z", "pos", "id"):
-                if not isinstance(dataset.attrs.get("unit"), str):
+                if not isinstance(dataset.attrs.get("unit"), str) or not dataset.attrs["unit"]:
                     raise InputError(f"{self.path}: dataset {name} has no attribute unit: convert it again")
                 self.units[name.removeprefix("y/")] = dataset.attrs["unit"]
             # The place of a plain dataset in the file; None (read through h5py) if chunked, compressed or shifted.
             plain = dataset.chunks is None and not dataset.external and file.userblock_size == 0
             self._layout[name] = dataset.id.get_offset() if plain and hasattr(os, "pread") else None
+        energy = self.units.get("energy")
+        if (of_forces := self.units.get("forces")) and energy and of_forces != f"{energy}/angstrom":
+            raise InputError(f"{self.path}: energy is in {energy}, forces in {of_forces}: they must be its derivative")
         self.splits = {n: self._dataset(file, f"split/{n}", "int64", (None,))[:] for n in file.get("split", ())}
         for name, index in self.splits.items():
             if len(index) == 0 or index.min() < 0 or index.max() >= num_molecules or len(np.unique(index)) < len(index):
@@ -194,6 +212,8 @@ class Molecules:
         dataset = file.get(name)
         if not isinstance(dataset, h5py.Dataset):
             raise InputError(f"{self.path}: dataset {name} is missing: convert it again with data.py")
+        if dataset.file.filename != file.filename or dataset.is_virtual:
+            raise InputError(f"{self.path}: dataset {name} lies in another file: copy it into this one")
         fits = len(shape) == dataset.ndim and all(n in (None, m) for n, m in zip(shape, dataset.shape))
         if dataset.dtype != np.dtype(dtype) or not fits:
             wanted = f"{dtype} {str(shape).replace('None', 'n')}"
@@ -219,8 +239,15 @@ class Molecules:
         return self._column(name if name == "energy" else f"y/{name}")
 
     def _column(self, name):
-        with h5py.File(self.path, "r") as file:
+        with self._damage(name), h5py.File(self.path, "r") as file:
             return file[name][:]
+
+    @contextmanager
+    def _damage(self, name):
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # HDF5's, such as of a compressed piece that does not unpack
+            raise InputError(f"{self.path}: dataset {name} is damaged ({error}): convert it again") from error
 
     def sha256(self):
         return sha256(self.path)
@@ -236,10 +263,10 @@ class Molecules:
         runs = list(zip(starts.tolist(), stops.tolist()))
         z, pos = self._atoms("z", np.uint8, runs), self._atoms("pos", np.float32, runs).reshape(-1, 3)
         batch = np.repeat(np.arange(len(index)), stop - start)
-        bad = (z == 0) | (z > 118) | ~np.isfinite(pos).all(axis=1)
+        bad = (z == 0) | (z > 118) | ~(np.abs(pos) < MAX_COORDINATE).all(axis=1)
         if bad.any():
             which = f"{self.path}: molecule {index[batch[bad.argmax()]]}"
-            raise InputError(f"{which} has a position that is not finite or an atomic number beyond 1..118")
+            raise InputError(f"{which} has an atom that is not finite or far away, or an atomic number beyond 1..118")
         if (molecule := coincident(pos, batch)) is not None:
             raise InputError(f"{self.path}: molecule {index[molecule]} has atoms that coincide")
         arrays = {"z": z.astype(np.int64), "pos": pos, "batch": batch}
@@ -259,7 +286,8 @@ class Molecules:
         if self._layout[name] is None:
             if self._file is None or self._file[0] != os.getpid():  # an HDF5 handle must not cross a fork
                 self._file = os.getpid(), h5py.File(self.path, "r")
-            return np.concatenate([self._file[1][name][start:stop] for start, stop in runs]).ravel()
+            with self._damage(name):
+                return np.concatenate([self._file[1][name][start:stop] for start, stop in runs]).ravel()
         # pread, not a memory map: touched pages then count for the system's cache, not for this process.
         if self._raw is None:
             self._raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
@@ -354,8 +382,8 @@ def flaw(z, pos, labels):
         return "numbers of elements, coordinates and forces that differ"
     if z.min() < 1 or z.max() > 118:
         return "an element that does not exist"
-    if not np.isfinite(pos).all():
-        return "a coordinate that is not finite"
+    if not (np.abs(pos) < MAX_COORDINATE).all():
+        return f"a coordinate that is not finite, or beyond {MAX_COORDINATE:.0f} Å"
     if distances(pos).min() < MIN_DISTANCE:
         return f"two atoms closer than {MIN_DISTANCE} Å"
     if not all(np.isfinite(value).all() for value in labels.values()):
@@ -373,7 +401,7 @@ def write_h5(out, molecules, attrs, units, parts):
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, ExitStack() as stack:
         per_atom = {name: stack.enter_context(open(f"{folder}/{name}", "w+b")) for name in ("z", "pos", "forces")}
         for mol in molecules:
-            cause = mol.get("skip")
+            cause = mol.get("skip") or ("" if abs(mol["id"]) < 2**63 else "an id beyond 64 bits")
             if not cause:
                 with np.errstate(over="ignore"):  # too large for float32 is inf, which flaw finds
                     mol["pos"] = np.ascontiguousarray(mol["pos"], dtype=np.float32)
@@ -438,7 +466,7 @@ def copy_part(part, dataset, rows=1 << 20):
 @contextmanager
 def readable(*paths):
     """Whatever goes wrong while reading raw files becomes one line that names them."""
-    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError, csv.Error)
+    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError, MemoryError, csv.Error)
     try:
         yield
     except (*wrong, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
@@ -489,6 +517,8 @@ def sdf_blocks(file):
 def worker_signals():
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the parent gets it too, and ends its pool in order
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive a parent that was killed
 
 
 def parallel(function, items, chunk=256):
@@ -694,6 +724,9 @@ def read_npz(raw, keys, index=None):
         raise InputError(f"{raw}: shapes that do not fit each other: {said}")
     if z.dtype.kind not in "iu" or any(values.dtype.kind not in "iuf" for values in (pos, energy, forces, ids)):
         raise InputError(f"{raw}: atomic numbers must be integers, and all else numbers")
+    with np.errstate(invalid="ignore"):
+        if (ids != ids.astype(np.int64)).any():
+            raise InputError(f"{raw}: {index} must be whole numbers")
     for key, frame, e, f in zip(ids, pos, energy.reshape(-1), forces):
         yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": {"energy": float(e), "forces": f}}
 
@@ -701,12 +734,14 @@ def read_npz(raw, keys, index=None):
 def read_xyz(raw):
     """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
     ase = need("ase.io", "reading extended xyz")
-    for key, atoms in enumerate(ase.iread(str(raw), index=":", format="extxyz")):
+    for key, atoms in enumerate(ase.iread(io.TextIOWrapper(open_raw(raw)), index=":", format="extxyz")):
         if atoms.pbc.any():
             yield {"id": key, "skip": "periodic: not a molecule"}
             continue
         known = dict(atoms.calc.results if atoms.calc else {})
         known |= {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
+        if isinstance(known.get("energy"), (bool, np.bool_)):
+            raise ValueError(f"the energy of frame {key} is {known['energy']}")
         labels = {"energy": float(known["energy"])} if "energy" in known else {}
         labels |= {"forces": np.asarray(known["forces"], dtype=np.float64)} if "forces" in known else {}
         yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
@@ -766,16 +801,18 @@ def credit(source, raws):
     return {"name": name, "license": license_, "attribution": attribution}
 
 
-def check_out(out):
+def check_out(out, *kinds):
     """Refuse a file that cannot or must not be written, before hours of work."""
-    if out.suffix != ".h5":
-        raise InputError(f"the file to write must end in .h5, got {out}", code=2)
-    if out.exists():
+    if out.suffix not in kinds:
+        raise InputError(f"the file to write must end in {' or '.join(kinds)}, got {out}", code=2)
+    if os.path.lexists(out):
         raise InputError(f"{out} exists: remove it or choose another name")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to write {out.name} in: create it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{out.parent}: no permission to write {out.name} there")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise InputError(f"{out.parent}: {out.name} cannot be written there ({error.strerror})") from None
 
 
 def save(out, molecules, attrs, units, parts):
@@ -797,7 +834,7 @@ def save(out, molecules, attrs, units, parts):
 def convert(source, raws, out):
     """python data.py SOURCE RAW [RAW ...] OUT.h5"""
     raws, out = [Path(raw) for raw in raws], Path(out)
-    check_out(out)
+    check_out(out, ".h5")
     for raw in raws:
         if raw.suffix == ".h5":
             raise InputError(f"{raw} stands before {out}: the file to write is the last one", code=2)
@@ -818,7 +855,7 @@ def convert(source, raws, out):
 def sample(path, out, num, seed):
     """python data.py sample FILE.h5 OUT.h5 num=2000 seed=1: molecules drawn without replacement, in the file's order"""
     molecules, out = Molecules(path), Path(out)
-    check_out(out)
+    check_out(out, ".h5")
     if not 1 <= num <= len(molecules):
         raise InputError(f"num={num}: {path} has {len(molecules)} molecules", code=2)
     index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
@@ -893,7 +930,7 @@ def main(argv):
             print(__doc__.strip())
         case ["info", path]:
             info(path)
-        case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d+) seed=(\d+)", " ".join(sorted(keys))):
+        case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
             sample(path, out, int(m[1]), int(m[2]))
         case [source, *raws, out] if source in SOURCES and raws:
             convert(source, raws, out)

@@ -36,7 +36,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import InputError, StepBatches, check_file, cli, flaw, need, read_xyz, readable, sha256, split_indices
+from data import (
+    InputError,
+    StepBatches,
+    check_file,
+    check_out,
+    cli,
+    flaw,
+    need,
+    read_xyz,
+    readable,
+    sha256,
+    split_indices,
+)
 from model import (
     ElectronicSpatialExtent,
     EquivariantDipoleMoment,
@@ -51,14 +63,19 @@ from model import (
 )
 from pretrain import (
     TRAIN,
+    UNFIT,
     Log,
     barrier,
+    build_config,
     check_compiler,
+    check_kinds,
     check_same_run,
     check_weights,
     claim_run_folder,
     compile_layers,
+    enough_memory,
     grad_norm,
+    load_optimizer,
     named_split,
     num_parameters,
     open_data,
@@ -225,11 +242,11 @@ def split_data(config, molecules):
     return train, val, parts
 
 
-def composition(molecules, index, max_z):
-    """Number of atoms of each element in the molecules of index (M,) -> (M, max_z) float64."""
+def composition(molecules, index, max_z, forces):
+    """Number of atoms of each element in the molecules of index (M,) -> (M, max_z) float64; looks at forces too."""
     counts = np.zeros((len(index), max_z))
     for start in range(0, len(index), 10_000):
-        part = molecules.read(index[start : start + 10_000])
+        part = molecules.read(index[start : start + 10_000], forces)
         if (highest := int(part["z"].max())) >= max_z:
             raise InputError(
                 f"{molecules.path} holds atomic number {highest}, model.max_z = {max_z}: set it above {highest}"
@@ -238,10 +255,10 @@ def composition(molecules, index, max_z):
     return counts
 
 
-def elements(molecules, index):
-    """Set of the atomic numbers in the molecules of index."""
+def elements(molecules, index, forces=False):
+    """Set of the atomic numbers in the molecules of index; looks at forces too, if it is to."""
     parts = (index[start : start + 10_000] for start in range(0, len(index), 10_000))
-    return set().union(*(np.unique(molecules.read(part)["z"]).tolist() for part in parts))
+    return set().union(*(np.unique(molecules.read(part, forces)["z"]).tolist() for part in parts))
 
 
 class Labels:
@@ -264,9 +281,9 @@ class Labels:
         self.shown, self.scale = ("meV", 1000.0) if self.unit == "eV" and not self.forces else (self.unit, 1.0)
         if self.forces and config.freeze_encoder:
             raise InputError("freeze_encoder = true: a linear probe predicts a label, name one as the target", code=2)
-        if not np.isfinite(self.raw).all():
+        if not (np.abs(self.raw) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
-        counts = composition(molecules, train, max_z)
+        counts = composition(molecules, train, max_z, self.forces)
         self.elements = np.flatnonzero(counts.sum(0)).tolist()
         self.references = self.fit(config, counts, self.raw[train])  # (max_z,)
         self.remark = ""
@@ -277,7 +294,8 @@ class Labels:
         self.std = rest.std() if self.target.centre else np.abs(rest).mean()
         if self.forces:  # energies may be nearly equal; forces say what an error is worth
             self.std = max(self.std, 1e-3 * self.force_rms(molecules, train))
-        missing = {name for name, index in others.items() if elements(molecules, index) - set(self.elements)}
+        held = {name: elements(molecules, index, self.forces) for name, index in others.items()}
+        missing = {name for name, found in held.items() if found - set(self.elements)}
         if missing:
             where = " and ".join(sorted(missing))
             raise InputError(f"{molecules.path}: {where} hold an element that no training molecule does: draw more")
@@ -452,14 +470,14 @@ def read_encoder(path, model):
                 raise ValueError(f"its schema is {content['schema']}, not georecon/1")
             # vector messages may be made to vanish at the cutoff after pretraining: no weights belong to it
             vector_cutoff = model.vector_cutoff
-            model = ModelConfig(**(content["model"] if "model" in content else content["config"]["model"]))
+            model = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
             model = replace(model, vector_cutoff=model.vector_cutoff or vector_cutoff)
             own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
             inner = {k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)}
             state_dict = inner or state_dict
         encoder = EquivariantTransformer(model)
         load_representation(encoder, state_dict)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (InputError, *UNFIT) as error:
         lacks = "it lacks the key " if isinstance(error, KeyError) else ""
         raise InputError(f"no encoder can be made of {path}: {lacks}{str(error)[:400]}") from None
     return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
@@ -468,7 +486,8 @@ def read_encoder(path, model):
 def make_encoder(config):
     """-> the encoder of init_from, or a fresh one, and the line that says which weights it has."""
     if not config.init_from:
-        encoder = EquivariantTransformer(config.model)
+        with enough_memory():
+            encoder = EquivariantTransformer(config.model)
         return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
     encoder, rest = read_encoder(config.init_from, config.model)
     loaded = len(encoder.state_dict())
@@ -481,11 +500,15 @@ def load_property_model(path):
     if content.get("schema") != "georecon/1" or "property" not in content:
         raise InputError(f"{path} is no best.pt of finetune.py")
     about = content["property"]
+    kinds = {"target": str, "name": str, "unit": str, "head": str, "reduce": str, "elements": list, "val": dict}
+    check_kinds(about, kinds | {"step": int}, path, "best.pt of finetune.py")
     try:
-        encoder = EquivariantTransformer(ModelConfig(**content["model"]))
+        if about["reduce"] not in ("sum", "mean"):
+            raise ValueError(f"its reduce is {about['reduce']}")
+        encoder = EquivariantTransformer(build_config(ModelConfig, content["model"]))
         model = PropertyModel(encoder, about["head"], about["reduce"], references=[0.0] * encoder.config.max_z)
         model.load_state_dict(content["state_dict"])
-    except (RuntimeError, TypeError, KeyError) as error:
+    except (InputError, *UNFIT) as error:
         raise InputError(f"{path} does not fit this code's model: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), about
 
@@ -716,14 +739,16 @@ def finetune(config, device, rank, world):
         check_same_run(checkpoint, config, data_sha256)
         try:
             module.load_state_dict(checkpoint["state_dict"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            load_optimizer(optimizer, checkpoint["optimizer"], checkpoint["step"])
             plateau.load_state_dict(checkpoint["plateau"])
             if average:
                 average.load_state_dict(checkpoint["average"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            state = {key: checkpoint[key] for key in state}
+        except UNFIT as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
-        state = {key: checkpoint[key] for key in state}
+        check_kinds(state, {"best_val": dict, "best_step": int}, folder / "last.pt", "last.pt of finetune.py")
+        load_property_model(folder / "best.pt")  # the best so far, which the end of the run will ask for
     barrier()  # every rank has looked at the folder before rank 0 writes to it
     lock = claim_run_folder(config, state["step"] if checkpoint else None) if rank == 0 else None
     log = Log(folder / "log.jsonl", state["step"], config.max_steps, active=rank == 0)
@@ -840,10 +865,7 @@ def predict(checkpoint, source, out):
     calculators = need("ase.calculators.singlepoint", "reading and writing xyz")
     model, about = load_property_model(checkpoint)
     check_file(source, "give an extended xyz")
-    if Path(out).exists():
-        raise InputError(f"{out} exists: remove it or choose another name")
-    if not Path(out).parent.is_dir():
-        raise InputError(f"{Path(out).parent}: no such folder to write {Path(out).name} in: create it first")
+    check_out(Path(out), ".xyz", ".extxyz")
     if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     written = []
@@ -852,7 +874,7 @@ def predict(checkpoint, source, out):
     for mol in read:
         if "skip" in mol:
             raise InputError(f"{source}: molecule {mol['id']} is {mol['skip']}")
-        if cause := flaw(mol["z"], mol["pos"].astype(np.float32), {}):
+        if cause := flaw(mol["z"], mol["pos"], {}):
             raise InputError(f"{source}: molecule {mol['id']} has {cause}")
         try:
             value, forces = predict_molecule(

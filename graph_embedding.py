@@ -27,6 +27,7 @@ from finetune import encode, read_weights, ridge
 from lipschitz import check_elements, choose, names_of, new_file, read_arguments, write_result
 from model import EquivariantTransformer, GraphPooling, Pretraining, scatter_sum, setting
 from pretrain import (
+    UNFIT,
     PretrainConfig,
     build_config,
     keep_freed_memory,
@@ -54,7 +55,7 @@ def load_method(path):
         config = build_config(PretrainConfig, content["config"])
         method = Pretraining(EquivariantTransformer(config.model), config)
         method.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
+    except (InputError, *UNFIT) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is no last.pt or step_<n>.pt of pretrain.py: {reason}") from None
     return method.eval().requires_grad_(False), config

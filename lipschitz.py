@@ -321,8 +321,8 @@ def read_arguments(kind, arguments, usage):
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
-    paths = [argument for argument in arguments if "=" not in argument]
-    return paths, build_config(kind, dict(a.split("=", 1) for a in arguments if "=" in a))
+    paths = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
+    return paths, build_config(kind, dict(a.split("=", 1) for a in arguments if a not in paths))
 
 
 def choose(config):

@@ -349,6 +349,8 @@ class ModelConfig:
     vector_cutoff: bool = False
 
     def __post_init__(self):
+        if self.cutoff_upper > 1000:
+            raise ValueError(f"model.cutoff_upper = {self.cutoff_upper}: must be at most 1000 Angstrom")
         if self.embedding_dimension % self.num_heads:
             raise ValueError(
                 f"model.embedding_dimension = {self.embedding_dimension} must be a multiple of "

@@ -17,7 +17,7 @@ from data import InputError, cli
 from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, read_encoder, read_weights
 from lipschitz import check_elements, choose, new_file, read_arguments, write_result
 from model import setting
-from pretrain import FREE_TO_CHANGE, build_config, flatten, keep_freed_memory, provenance
+from pretrain import FREE_TO_CHANGE, UNFIT, build_config, check_kinds, flatten, keep_freed_memory, provenance
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class NtkConfig:
 def load_step(path):
     """-> PropertyModel in float64, FinetuneConfig, step, settings of the run, of a step_<n>.pt of finetune.py."""
     content = read_weights(path, "name step_<n>.pt of a run of finetune.py with keep_steps=")
+    what = "step_<n>.pt of finetune.py"
+    check_kinds(content, {"config": dict, "step": int, "data_sha256": str, "state_dict": dict}, path, what)
     try:
         config = build_config(FinetuneConfig, content["config"])
         encoder, _ = read_encoder(path, config.model)
@@ -43,8 +45,8 @@ def load_step(path):
             key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")
         }
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
-        raise InputError(f"{path} is no step_<n>.pt of finetune.py: {' '.join(str(error).split())[:200]}") from None
+    except (InputError, *UNFIT) as error:
+        raise InputError(f"{path} is no {what}: {' '.join(str(error).split())[:200]}") from None
     run = {key: value for key, value in flatten(content["config"]).items() if key not in FREE_TO_CHANGE}
     return model.double(), config, content["step"], run | {"data_sha256": content["data_sha256"]}
 
@@ -99,6 +101,8 @@ def compare(paths, config):
     arrays = molecules.read(index)
     z, pos, batch = arrays["z"], arrays["pos"].double(), arrays["batch"]
     rest = torch.from_numpy(molecules.label(target)[index]) - models[0].restore(torch.zeros(len(index)), z, batch)
+    if not rest.isfinite().all():
+        raise InputError(f"{molecules.path}: {target} is not finite everywhere: look at it with data.py info")
     rows = linearisation(models, z, pos, batch, rest / models[0].std)
     return dict(zip(steps, rows, strict=True)), target
 

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -47,7 +48,7 @@ try:
 except ImportError:  # Windows: no lock
     fcntl = None
 
-from data import InputError, Molecules, StepBatches, cli, split_indices
+from data import InputError, Molecules, StepBatches, cli, mute, split_indices
 from model import EquivariantMultiHeadAttention, EquivariantTransformer, ModelConfig, Pretraining, save_encoder, setting
 
 # ---------------------------------------------------------------- settings
@@ -115,7 +116,7 @@ def read_yaml(path, may_have_base=True):
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give a config such as configs/demo.yaml", code=2) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # of yaml's parser and of its constructors, such as of a date that does not exist
         raise InputError(f"{path} is not valid yaml: {' '.join(str(error).split())}", code=2) from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: a config is a mapping of lines `key: value`", code=2)
@@ -144,17 +145,22 @@ def convert(value, kind, name):
         if isinstance(value, (bool, dict, list)) or value is None:
             raise wrong
         if kind is str:
+            if "\0" in str(value):
+                raise wrong
             return str(value)
         number = float(value)  # ints too, for 1e5
         if not math.isfinite(number) or kind is int and (number != int(number) or abs(number) > 2**53):
             raise wrong
         return kind(number)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise wrong from None
 
 
 def build_config(kind, settings, prefix=""):
     """A dataclass from a mapping; an InputError names the key, the value and what is allowed."""
+    if not isinstance(settings, dict):
+        where = prefix.rstrip(".") or "config"
+        raise InputError(f"{where} = {settings!r}: must be a mapping of lines `key: value`", code=2)
     known = {f.name: f for f in fields(kind)}
     values = {}
     for key, value in settings.items():
@@ -164,8 +170,6 @@ def build_config(kind, settings, prefix=""):
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known are: {', '.join(known)}"
             raise InputError(f"unknown key {name}: {hint}", code=2)
         if is_dataclass(known[key].type):
-            if not isinstance(value, dict):
-                raise InputError(f"{name} = {value!r}: must be a mapping of lines `key: value`", code=2)
             values[key] = build_config(known[key].type, value, f"{name}.")
             continue
         values[key] = convert(value, known[key].type, name)
@@ -270,6 +274,10 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+LOOK = "look at the settings, and at the data with data.py info"
+REMEDY = f"start anew with a lower lr, or {LOOK}"
+
+
 class Log:
     """log.jsonl, and the same figures for the eye: a tqdm bar on a terminal, plain lines in a file."""
 
@@ -281,11 +289,14 @@ class Log:
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 step, split = record["step"], record["split"]
-                raise InputError(f"{key} is {value} at step {step} ({split}): start anew with a lower lr")
+                raise InputError(f"{key} is {value} at step {step} ({split}): {REMEDY if step else LOOK}")
         if not self.active:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}; then resume=true goes on") from None
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in record.items()}
         if self.bar.disable or record["split"] == "val":
             self.say("  ".join(f"{key} {value}" for key, value in shown.items()))
@@ -294,8 +305,11 @@ class Log:
 
     def say(self, line):
         if self.active:
-            with tqdm.external_write_mode():
-                print(line, flush=True)
+            try:
+                with tqdm.external_write_mode():
+                    print(line, flush=True)
+            except OSError:  # the terminal or pipe is gone, or its disk full: log.jsonl has it all, the run goes on
+                mute()
 
 
 def drop_log_after(path, step):
@@ -323,7 +337,7 @@ def may_resume(config):
 def open_run_folder(config):
     """-> the checkpoint to go on from, or None for a new run; refuses to touch a run that is not to be resumed."""
     folder = Path(config.out_dir)
-    if not any((folder / name).exists() for name in RUN_FILES):
+    if not any(os.path.exists(folder / name) for name in RUN_FILES):
         if config.resume:
             raise InputError(f"nothing to resume: {folder} holds no run; leave resume=true out to start one")
         return None
@@ -367,10 +381,27 @@ def claim_run_folder(config, start):
 
 
 def check_weights(state_dict, path):
-    """Refuse weights that are not finite: of a run that went wrong, or of a damaged file."""
+    """Refuse weights that are not finite, of a run that went wrong, or no plain tensors, of a damaged file."""
     for name, value in state_dict.items():
-        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+        if not isinstance(value, torch.Tensor):
+            continue
+        plain = value.layout == torch.strided and not (value.is_quantized or value.is_complex())
+        if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise InputError(f"{path}: {name} is no plain tensor of numbers")
+        if not value.isfinite().all():
             raise InputError(f"{path}: {name} is not finite: go back to an earlier step_<n>.pt, or start anew")
+
+
+def check_kinds(content, kinds, path, what):
+    """Refuse a mapping in which a key is missing or of another type; kinds {key: type or types}."""
+    for key, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise InputError(f"{path} is no {what}: its {key} is missing or of another kind")
+
+
+FIGURES = (dict, type(None))
+CHECKPOINT = {"config": dict, "data_sha256": str, "step": int, "wall_s": float, "state_dict": dict, "optimizer": dict}
+CHECKPOINT |= {"first_val": FIGURES, "last_val": FIGURES}
 
 
 def load_checkpoint(path):
@@ -380,11 +411,37 @@ def load_checkpoint(path):
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
         raise InputError(f"{path} cannot be read as a checkpoint: {reason}") from None
-    needed = {"config", "data_sha256", "step", "wall_s", "first_val", "last_val", "state_dict", "optimizer"}
-    if not isinstance(checkpoint, dict) or checkpoint.get("schema") != "georecon/1" or needed - checkpoint.keys():
-        raise InputError(f"{path} is no checkpoint of a georecon/1 run")
+    what = "checkpoint of a georecon/1 run"
+    check_kinds(checkpoint, CHECKPOINT, path, what)
+    check_kinds(checkpoint["config"], {"model": dict}, path, what)
+    figures = {"wall_s": checkpoint["wall_s"], **(checkpoint["first_val"] or {}), **(checkpoint["last_val"] or {})}
+    right = all(isinstance(v, float) and math.isfinite(v) for v in figures.values()) and checkpoint["step"] >= 0
+    if checkpoint.get("schema") != "georecon/1" or not right:
+        raise InputError(f"{path} is no {what}")
     check_weights(checkpoint["state_dict"], path)
     return checkpoint
+
+
+def load_optimizer(optimizer, saved, step):
+    """Take moments and learning rate from what optimizer.state_dict() gave after a step; ValueError: they do not fit.
+
+    The fused kernel trusts their shapes: it would read and write beyond the end of a wrong one.
+    """
+    (group,) = optimizer.param_groups
+    if bool(saved["state"]) != (step > 0):
+        raise ValueError("the optimizer has no moments")
+    for k, state in saved["state"].items():
+        shape = group["params"][k].shape
+        for name, wanted in {"step": (), "exp_avg": shape, "exp_avg_sq": shape}.items():
+            value = state[name]
+            right = value.dtype == torch.float32 and value.shape == wanted and value.is_contiguous()
+            if not right or not value.isfinite().all() or len(state) != 3:
+                raise ValueError(f"the optimizer's {name} of parameter {k} is not a finite float32 {tuple(wanted)}")
+    own = optimizer.state_dict()["param_groups"][0] | {"lr": float(saved["param_groups"][0]["lr"])}
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": [own]})
+
+
+UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)  # what a wrong checkpoint makes torch raise
 
 
 # what may differ between a run and its resumption: where files lie, how often things are written, how work is cut up
@@ -495,7 +552,7 @@ def grad_norm(parameters):
 
 @contextmanager
 def stop_signals():
-    """A list that SIGTERM or SIGINT put their number in, for the loop to end in order; a second one kills.
+    """A list that SIGTERM, SIGINT or SIGHUP put their number in, for the loop to end in order; a second one kills.
 
     Not under torchrun, which passes on to its ranks what they may have been sent already.
     """
@@ -507,7 +564,8 @@ def stop_signals():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    terminal_closed = getattr(signal, "SIGHUP", signal.SIGTERM)
+    previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, terminal_closed)}
     previous = {n: handler for n, handler in previous.items() if handler != signal.SIG_IGN}  # as nohup asks for
     for n in previous:
         signal.signal(n, note)
@@ -545,7 +603,7 @@ def means_if_finite(values, names, done, source, config, rank):
     barrier()  # torchrun ends the other ranks as soon as one is gone
     raise InputError(
         f"the loss is {found['loss']}, its gradient {found['grad_norm']} at step {step + 1}; {path} names that step's "
-        f"molecules; {good}: start anew with a lower lr, or look at the data with data.py info"
+        f"molecules; {good}: {REMEDY}"
     )
 
 
@@ -632,12 +690,19 @@ def compile_layers(model, device):
         layer.compile(dynamic=True)
 
 
+@contextmanager
+def enough_memory():
+    """What the allocator says of a model that is too large: as an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
+
+
 def make_model(config, device):
     torch.manual_seed(config.seed)
-    try:
+    with enough_memory():
         model = Pretraining(EquivariantTransformer(config.model), config).to(device)
-    except RuntimeError as error:  # the allocator's
-        raise InputError(f"a model of this size cannot be made: {str(error).partition('. ')[0]}") from None
     if config.compile:
         compile_layers(model, device)
     return model
@@ -671,6 +736,15 @@ def final_metrics(config, model, first_val, last_val, wall_s, data_sha256):
     }
 
 
+def processor():
+    """Its name as Linux has it, its kind elsewhere."""
+    try:
+        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    return f"cpu, {named[1] if named else platform.machine()}"
+
+
 def provenance(device, world):
     """What made a result: command, commit, machine and versions."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
@@ -681,7 +755,7 @@ def provenance(device, world):
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "ranks": world,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -719,8 +793,8 @@ def pretrain(config, device, rank, world):
         check_same_run(checkpoint, config, data_sha256)
         try:
             model.load_state_dict(checkpoint["state_dict"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            load_optimizer(optimizer, checkpoint["optimizer"], checkpoint["step"])
+        except UNFIT as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
         start, elapsed = checkpoint["step"], checkpoint["wall_s"]

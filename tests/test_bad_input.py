@@ -111,6 +111,33 @@ def make_h5():
     changed("eth.h5", "short_forces.h5", forces=forces[:-1])
     changed("eth.h5", "nan_forces.h5", forces=np.full_like(forces, np.nan))
     changed("eth.h5", "no_forces.h5", forces=None)
+    far_pos, turned = pos.copy(), np.array([0, 2**63 - 1, 5 - 2**63, int(ptr[-1])])
+    far_pos[ptr[:-1]] = 1e30
+    changed("ok.h5", "far.h5", pos=far_pos)
+    changed("ok.h5", "turned.h5", ptr=turned, id=np.arange(3))
+    changed("ok.h5", "taken.h5")
+    with h5py.File("taken.h5", "a") as file:
+        file["y/energy"] = gap
+    changed("ok.h5", "linked.h5", z=None)
+    with h5py.File("linked.h5", "a") as file:
+        file["z"] = h5py.ExternalLink("ok.h5", "z")
+    changed("ok.h5", "torn.h5", pos=None)
+    with h5py.File("torn.h5", "a") as file:
+        where = file.create_dataset("pos", data=pos, compression="gzip", fletcher32=True).id.get_chunk_info(0)
+    with open("torn.h5", "r+b") as file:
+        file.seek(where.byte_offset + 20)
+        file.write(b"\0" * 50)
+    changed("ok.h5", "huge_gap.h5", y__gap=np.where(np.arange(len(gap)) == 3, 1e200, gap))
+    one_force = forces.copy()  # of a molecule that is not trained on
+    tested = finetune.split_data(pretrain.load_config(finetune.FinetuneConfig, ["e.yaml"], ""), Molecules("eth.h5"))[2]
+    one_force[Molecules("eth.h5").ptr[tested["test"][0]]] = np.nan
+    changed("eth.h5", "test_force.h5", forces=one_force)
+    changed("eth.h5", "other_unit.h5")
+    with h5py.File("other_unit.h5", "a") as file:
+        file["forces"].attrs["unit"] = "hartree/bohr"
+    changed("eth.h5", "blank_unit.h5")
+    with h5py.File("blank_unit.h5", "a") as file:
+        file["energy"].attrs["unit"] = ""
     changed("eth.h5", "strange_unit.h5")
     with h5py.File("strange_unit.h5", "a") as file:
         file["energy"].attrs["unit"], file["forces"].attrs["unit"] = "furlong", "furlong/angstrom"
@@ -129,6 +156,13 @@ H5 = {  # file -> what is said of it; read by all stages
     **{"hollow": "ptr must", "none": "ptr must", "short_z": "dataset z is", "short_pos": "dataset pos is"},
     **{"flat_pos": "dataset pos is", "double_pos": "dataset pos is", "int_z": "dataset z is", "no_z": "z is missing"},
     **{"no_pos": "pos is missing", "no_ptr": "ptr is missing", "no_id": "id is missing", "split_far": "split/far"},
+    **{
+        "far": "far away",
+        "turned": "ptr must",
+        "taken": "y/energy",
+        "linked": "another file",
+        "torn": "pos is damaged",
+    },
     **{"split_twice": "split/twice", "split_empty": "split/empty", "no_unit": "no attribute unit"},
 }
 
@@ -136,7 +170,7 @@ H5 = {  # file -> what is said of it; read by all stages
 def make_checkpoints():
     pretrain.main(["p.yaml", "out_dir=run"])
     finetune.main(["e.yaml", "out_dir=tune"])
-    finetune.main(["f.yaml", "out_dir=gap"])
+    finetune.main(["f.yaml", "out_dir=gap", "keep_steps=0"])
     whole = Path("run/encoder.pt").read_bytes()
     content = torch.load("run/encoder.pt", weights_only=True)
     Path("cut.pt").write_bytes(whole[:-500])
@@ -153,12 +187,52 @@ def make_checkpoints():
     spoilt = {k: v.clone() for k, v in content["state_dict"].items()}
     spoilt["embedding.weight"][0, 0] = torch.nan
     torch.save({**content, "state_dict": spoilt}, "nan.pt")
+    weight, wide = spoilt["embedding.weight"], torch.zeros(1).expand(10**12)
+    for name, value in {"sparse": weight.to_sparse(), "wide": wide}.items():
+        torch.save({**content, "state_dict": content["state_dict"] | {"embedding.weight": value}}, f"{name}.pt")
+    for name, value in {"heads": ("num_heads", 0), "size": ("embedding_dimension", 4 * 10**7)}.items():
+        torch.save({**content, "model": content["model"] | dict([value])}, f"{name}.pt")
+    torch.save({**content, "model": content["model"] | {"cutoff_upper": float("nan")}}, "cutoff.pt")
+    for name in BEST:
+        content = torch.load("tune/best.pt", weights_only=True)
+        key, _, value = name.partition("=")
+        content["property"][key] = {"none": None, "text": "q", "number": 5}[value]
+        torch.save(content, f"best_{name}.pt")
+    for name, value in LAST.items():
+        shutil.copytree("run", f"last_{name}")
+        content = torch.load("run/last.pt", weights_only=True)
+        if name.startswith("optimizer_"):
+            content["optimizer"]["state"] = {k: dict(v) for k, v in content["optimizer"]["state"].items()}
+            value(content["optimizer"])
+        else:
+            content[name if name in content else name.partition("_")[0]] = value
+        torch.save(content, f"last_{name}/last.pt")
+    shutil.copytree("tune", "no_best")
+    Path("no_best/best.pt").unlink()
+
+
+BEST = ("reduce=text", "head=text", "target=number", "unit=none", "elements=none", "name=none", "step=text")
+LAST = {  # last.pt with one entry changed
+    "step_text": "3", "step_less": -5, "step_half": 2.5, "step_none": None, "wall_s": "x", "first_val": 5, "config": 5,
+    "config_model": {"model": 5}, "optimizer": {}, "state_dict": [1],
+    "optimizer_shape": lambda optimizer: optimizer["state"][0].update(exp_avg=torch.zeros(3)),
+    "optimizer_dtype": lambda optimizer: optimizer["state"][0].update(step=torch.tensor(2.0, dtype=torch.float64)),
+    "optimizer_nan": lambda optimizer: optimizer["state"][0]["exp_avg_sq"].fill_(torch.nan),
+    "optimizer_empty": lambda optimizer: optimizer["state"].clear(),
+    "optimizer_key": lambda optimizer: optimizer["state"][0].pop("exp_avg"),
+    "optimizer_thin": lambda optimizer: optimizer["state"][0].update(
+        exp_avg=torch.zeros(1).expand(optimizer["state"][0]["exp_avg"].shape)
+    ),
+    "optimizer_many": lambda optimizer: optimizer["state"].update({1000: optimizer["state"][0]}),
+}  # fmt: skip
 
 
 CHECKPOINTS = {
     **{"missing": "no such file", "cut": "cut off", "text": "torch file", "empty": "torch file"},
     **{"pickled": "could run code", "list": "holds a list", "schema": "schema is georecon/2", "other": "missing"},
     **{"layers": "missing", "channels": "is needed", "strange": "strange", "defaults": "missing", "nan": "not finite"},
+    **{"sparse": "no plain tensor", "wide": "no plain tensor", "heads": "num_heads", "size": "made of size.pt"},
+    **{"cutoff": "cutoff_upper"},
 }
 
 
@@ -178,6 +252,16 @@ def make_configs():
         "number_key": text + "3: 4\n",
         "flat_model": text.replace("model:\n", "model: 3\nother:\n"),
         "null": text.replace("batch_size: 4", "batch_size: null"),
+        "long": text + f"seed: 1{'0' * 400}\n",
+        "digits": text + f"seed: 1{'0' * 5000}\n",
+        "date": text + "lr: 2020-01-01\n",
+        "no_date": text + "lr: 2020-13-45\n",
+        "set": text + "lr: !!set {a}\n",
+        "tag": text + "lr: !!float x\n",
+        "map": "!!map [a, b]\n",
+        "deep": "[" * 3000,
+        "nul": text + 'out_dir: "a\\0b"\n',
+        "base_nul": text + 'base: "a\\0b"\n',
         "base_missing": "base: nowhere.yaml\n" + text,
         "base_of_base": "base: y_base_once.yaml\n",
         "base_once": "base: p.yaml\n",
@@ -197,6 +281,15 @@ YAML = {
         "base_missing": "nowhere.yaml",
         "base_of_base": "base of another",
     },
+    **{
+        "long": "seed",
+        "digits": "valid yaml",
+        "date": "lr =",
+        "no_date": "valid yaml",
+        "set": "lr =",
+        "tag": "valid yaml",
+    },
+    **{"map": "valid yaml", "deep": "valid yaml", "nul": "out_dir", "base_nul": "valid yaml"},
     **{"base_itself": "base of another", "binary": "valid yaml", "folder": "directory", "missing": "No such file"},
 }
 
@@ -205,6 +298,9 @@ def make_raw():
     np.savez("good.npz", z=np.array([8, 1, 1]), R=np.zeros((2, 3, 3)), E=np.zeros(2), F=np.zeros((2, 3, 3)))
     Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:300])
     np.savez("keys.npz", a=np.zeros(3))
+    frames = {"nuclear_charges": np.array([8, 1, 1]), "coords": np.zeros((2, 3, 3)), "energies": np.zeros(2)}
+    for name, ids in {"half": [0.5, 1], "inf": [0, np.inf], "large": [0, 1e300]}.items():
+        np.savez(f"ids_{name}.npz", **frames, forces=np.zeros((2, 3, 3)), old_indices=np.array(ids))
     for name, text in {
         "count": "5\n\nH 0 0 0\nH 0 0 1\n",
         "word": "two\n\nH 0 0 0\nH 0 0 1\n",
@@ -217,9 +313,14 @@ def make_raw():
         "same": "2\n\nH 0 0 0\nH 0 0 0\n",
         "nan": "2\n\nH 0 0 0\nH 0 0 nan\n",
         "strange": "2\n\nH 0 0 0\nGa 0 0 2.5\n",
+        "far": "2\n\nH 0 0 0\nH 0 0 1e200\n",
+        "bool": "2\nenergy=T Properties=species:S:1:pos:R:3\nH 0 0 0\nH 0 0 1\n",
+        "at@3": "2\n\nH 0 0 0\nH 0 0 0\n",
     }.items():
         Path(f"x_{name}.xyz").write_text(text)
     Path("x_binary.xyz").write_bytes(bytes(range(256)))
+    with zipfile.ZipFile("large_id.zip", "w") as archive:
+        archive.writestr("9999999999999999999999999.xyz", "1\n\nH 0 0 0\n")
     with tarfile.open("nothing.tar.bz2", "w:bz2"):
         pass
     with zipfile.ZipFile("nothing.zip", "w") as archive:
@@ -227,6 +328,7 @@ def make_raw():
 
 
 XYZ = ("count", "word", "number", "element", "columns", "empty", "blank", "zero", "same", "nan", "binary", "missing")
+XYZ += ("far", "bool", "at@3")
 
 # ---------------------------------------------------------------- the table: program, arguments, exit code, words
 
@@ -243,6 +345,8 @@ WRONG_VALUES = {  # key=value of both training stages
     **{"model.vec_norm_layer=layer": "one of none, rms, whiten", "model.max_z=5": "model.max_z"},
     **{"model.max_num_neighbors=2": "max_num_neighbors", "val_size=100": "val_size", "accumulate=3": "batch_size"},
     **{"lr_cosine_length=0": "at least 1", "deterministic=2": "must be bool", "num_workers=-1": "at least 0"},
+    **{"model.cutoff_upper=1e300": "at most 1000", "model.max_z=1e11": "cannot be made", "model.num_rbf=1e11": "made"},
+    **{"model.cutoff_upper=nan": "must be float", f"out_dir={'a' * 300}": "too long", "val_size=1e400": "must be int"},
     **{"out_dir=ok.h5": "ok.h5", "out_dir=ok.h5/run": "ok.h5", "out_dir=run": "already holds a run"},
     **{
         "--resume": "key=value",
@@ -263,11 +367,16 @@ CASES = [
     *(("data", ["xyz", f"x_{name}.xyz", "new.h5"], 1, f"x_{name}.xyz") for name in XYZ),
     *(("finetune", ["predict", "tune/best.pt", f"x_{name}.xyz", "new.xyz"], 1, f"x_{name}.xyz") for name in XYZ),
     ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "new.xyz"], 1, "element 31"),
+    *(("finetune", ["predict", f"best_{name}.pt", "x_strange.xyz", "new.xyz"], 1, f"best_{name}.pt") for name in BEST),
+    *(("pretrain", ["p.yaml", f"out_dir=last_{name}", "resume=true", "max_steps=4"], 1, "last.pt") for name in LAST),
+    ("finetune", ["e.yaml", "out_dir=no_best", "resume=true", "max_steps=4"], 1, "no_best/best.pt"),
+    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "new.xyz.gz"], 2, "must end in .xyz"),
+    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "/proc/new.xyz"], 1, "/proc"),
     ("finetune", ["predict", "tune/best.pt"], 2, "usage"),
     ("finetune", ["predict", "run/encoder.pt", "x_strange.xyz", "new.xyz"], 1, "no best.pt"),
     ("finetune", ["predict", "tune/last.pt", "x_strange.xyz", "new.xyz"], 1, "no best.pt"),
     ("finetune", ["predict", "pickled.pt", "x_strange.xyz", "new.xyz"], 1, "could run code"),
-    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "ok.h5"], 1, "exists"),
+    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "x_same.xyz"], 1, "exists"),
     ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "no/new.xyz"], 1, "no such folder"),
     ("finetune", ["f.yaml", "target=gab"], 2, "no label 'gab'"),
     ("finetune", ["f.yaml", "target="], 2, "target is not set"),
@@ -277,6 +386,10 @@ CASES = [
     ("finetune", ["f.yaml", "data=same_gap.h5"], 1, "is the same for all"),
     ("finetune", ["e.yaml", "data=short_forces.h5"], 1, "dataset forces"),
     ("finetune", ["e.yaml", "data=nan_forces.h5"], 1, "force that is not finite"),
+    ("finetune", ["e.yaml", "data=test_force.h5"], 1, "force that is not finite"),
+    ("finetune", ["e.yaml", "data=other_unit.h5"], 1, "must be its derivative"),
+    ("finetune", ["e.yaml", "data=blank_unit.h5"], 1, "no attribute unit"),
+    ("finetune", ["f.yaml", "data=huge_gap.h5"], 1, "gap is not finite"),
     ("finetune", ["e.yaml", "data=no_forces.h5"], 2, "has no forces"),
     ("finetune", ["f.yaml", "train_split=west"], 2, "no such split"),
     ("finetune", ["f.yaml", "test_split=west"], 2, "no such split"),
@@ -310,6 +423,8 @@ CASES = [
     ("data", ["md17", "good.npz", "ok.h5"], 1, "exists"),
     ("data", ["md17", "good.npz", "no/new.h5"], 1, "no such folder"),
     ("data", ["md17", "good.npz", "new.h5"], 1, "two atoms closer"),
+    *(("data", ["rmd17", f"ids_{name}.npz", "new.h5"], 1, "whole numbers") for name in ("half", "inf", "large")),
+    ("data", ["pcqm4mv2", "large_id.zip", "new.h5"], 1, "64 bits"),
     ("data", ["md17", "cut.npz", "new.h5"], 1, "cut off"),
     ("data", ["md17", "keys.npz", "new.h5"], 1, "no z, R, E, F"),
     ("data", ["md17", "x_count.xyz", "new.h5"], 1, "not an npz"),
@@ -331,6 +446,7 @@ CASES = [
     ("ntk", ["run/last.pt", "data=ok.h5"], 1, "no step_<n>.pt of finetune"),
     ("ntk", ["gap/last.pt", "data=ok.h5", "num_molecules=3"], 2, "two or more"),
     ("ntk", ["gap/last.pt", "exact=true"], 2, "unknown key exact"),
+    ("ntk", ["gap/step_0.pt", "gap/last.pt", "data=nan_gap.h5", "num_molecules=3"], 1, "gap is not finite"),
     ("benchmark", ["encoders"], 2, "there are encoder"),
     ("benchmark", ["rounds=0"], 2, "at least 1"),
     ("benchmark", ["small=missing.h5"], 1, "no such file"),
@@ -340,6 +456,7 @@ CASES = [
     ("graph_embedding", ["pickled.pt", "data=ok.h5", "num_molecules=20"], 1, "could run code"),
     ("graph_embedding", ["run/last.pt", "data=ok.h5", "num_molecules=5"], 2, "at least 10"),
     ("calculator", ["tune/best.pt", "x_strange.xyz", "new.pdf"], 2, "png or .svg"),
+    ("calculator", ["tune/best.pt", "x_strange.xyz", "/proc/new.png"], 1, "/proc"),
     ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=0"], 2, "ps must be"),
     ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=x"], 2, "ps=2"),
     ("calculator", ["tune/best.pt", "x_missing.xyz", "new.png"], 1, "x_missing.xyz"),

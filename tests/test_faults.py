@@ -272,6 +272,35 @@ def test_a_disk_that_is_full_costs_no_checkpoint(stage, tally):
     assert same_bits("whole", "full")
 
 
+def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(stage, tally, monkeypatch):
+    class FullLog(pretrain.Log):
+        def __init__(self, path, *rest, **more):
+            super().__init__(Path("/dev/full"), *rest, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="/dev/full cannot be written: No space"):
+        patch.setattr({"pretrain": pretrain, "finetune": finetune}[stage], "Log", FullLog)
+        main(stage, "out_dir=run")
+    tally["full disks"] += 1
+
+
+def test_a_run_outlives_whoever_reads_its_output(stage, tally):
+    """As of `pretrain.py ... | head -2`; log.jsonl has what can no longer be printed."""
+    process = launch(stage, "piped")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    process.stderr.close()
+    assert step_of("piped") == 60 and Path("piped/metrics.json").exists()
+    tally["closed pipes"] += 1
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "data.py"), "info", str(ROOT / "data/ethanol_demo.h5")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "data.py: error: standard output: No space left on device\n"
+
+
 @pytest.mark.parametrize("folder", ["/dev/full", "/dev/full/run", "/proc/run", "a_file/run"])
 def test_a_folder_that_cannot_be_written(stage, tally, folder):
     Path("a_file").write_text("")
@@ -389,6 +418,20 @@ def test_loaders_leave_nothing_behind_when_their_parent_is_killed(stage):
         time.sleep(0.2)
     assert not processes_of(f"{Path.cwd()}/workers")
     assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
+    work = "data.parallel(subprocess.run, itertools.cycle(['sleep', '30']), chunk=2)"
+    code = f"import data, itertools, subprocess; list({work})"
+    process = subprocess.Popen([sys.executable, "-c", code, f"out_dir={tmp_path}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(processes_of(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(processes_of(tmp_path)) > 1
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    assert not processes_of(tmp_path)
 
 
 @pytest.mark.slow
