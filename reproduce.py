@@ -93,7 +93,16 @@ FACTORS = {
     "thermal": pretrain("data=data/md17_aspirin.h5"),
     "thermal_coord": pretrain("data=data/md17_aspirin.h5", "objective=coord"),  # for comparison
 }
+# of what helped; and Coord with the noise of alpha = 3, to tell whether it is that alone
+COMBINATIONS = {
+    "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
+    "alpha3_no_vec": pretrain("alpha=3", "decoder_vec=false"),
+    "alpha3_attention": pretrain("alpha=3", "pooling=attention"),
+    "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
+}
 THERMAL = {"georecon": "thermal", "coord": "thermal_coord"}
+
+EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms", "alpha3": "graph_embedding/alpha3"}
 
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
@@ -118,7 +127,7 @@ STUDIES = {
     ),
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (1.15, 1.2, 1.35, 1.5)}),
-    "graph_embedding": seeds((1, 2), FACTORS),
+    "graph_embedding": seeds((1, 2), FACTORS | COMBINATIONS),
     # what bfloat16 products cost: beside georecon_rms and coord_rms of the control
     "precision": seeds(
         (1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in ("coord", "georecon")}
@@ -131,6 +140,13 @@ STUDIES = {
             for objective, run in THERMAL.items()
         },
     ),
+    # what is worth pretraining on, each seed fine-tuned from its own encoder. Needs control and graph_embedding
+    "finetune_equal": {
+        f"{task}_{name}_s{seed}": [*run, f"init_from=out/{encoder}_s{seed}/encoder.pt", f"seed={seed}"]
+        for task, run in {"aspirin": ASPIRIN["aspirin_scratch"], "gap": GAP["gap_scratch"]}.items()
+        for name, encoder in EQUAL.items()
+        for seed in (1, 2)
+    },
     # what the pretraining is worth, in a few minutes a run on one core
     "finetune_small": seeds((1,), ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN) | seeds((2,), ASPIRIN | GAP),
 }
@@ -255,7 +271,7 @@ def errors_table(results):
         for split, found in first["test"].items():
             for name in (name for name in found if "rmse" not in name and "per_atom" not in name):
                 cells = []
-                for start in ("scratch", "coord", "georecon"):
+                for start in ("scratch", "coord", "georecon", "alpha3"):
                     values = [result["test"][split][name] for result in starts.get(start, ())]
                     cells.append(" / ".join(f"{value:.4g}" for value in values))
                 unit = first["units"].get(name, "")
@@ -326,7 +342,8 @@ def draw_smoothness(plt, results, folder):
     columns = {}
     for arm, runs in by_arm(results).items():
         objective, _, norms = arm.rpartition("_")
-        columns.setdefault(norms if objective else "", {})[objective or arm] = runs
+        column, label = (norms, objective) if norms in NORMS else ("", arm)
+        columns.setdefault(column, {})[label] = runs
     size = {"figsize": (3.6 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(2, len(columns), **size)
     markers, colors = "osv^Dx+*<", ("black", "tab:orange", "tab:blue", "0.6", "tab:green", "tab:red")
@@ -379,6 +396,7 @@ def draw_errors(plt, results, folder):
     columns = (len(tasks) + 1) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 5.6), layout="constrained", squeeze=False)
     styles = {"scratch": ("0.6", ":"), "coord": ("tab:orange", "--"), "georecon": ("black", "-")}
+    styles["alpha3"] = ("tab:blue", "-.")
     for axis, (task, starts) in zip(axes.flat, tasks.items(), strict=False):
         for start, runs in starts.items():
             for k, run in enumerate(runs):
