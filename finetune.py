@@ -242,8 +242,8 @@ def split_data(config, molecules):
     return train, val, parts
 
 
-def composition(molecules, index, max_z, forces):
-    """Number of atoms of each element in the molecules of index (M,) -> (M, max_z) float64; looks at forces too."""
+def composition(molecules, index, max_z, forces=False):
+    """Atoms of each element in the molecules of index (M,) -> (M, max_z) float64; looks at forces too, if asked."""
     counts = np.zeros((len(index), max_z))
     for start in range(0, len(index), 10_000):
         part = molecules.read(index[start : start + 10_000], forces)
@@ -256,7 +256,7 @@ def composition(molecules, index, max_z, forces):
 
 
 def elements(molecules, index, forces=False):
-    """Set of the atomic numbers in the molecules of index; looks at forces too, if it is to."""
+    """Set of the atomic numbers in the molecules of index; looks at forces too, if asked."""
     parts = (index[start : start + 10_000] for start in range(0, len(index), 10_000))
     return set().union(*(np.unique(molecules.read(part, forces)["z"]).tolist() for part in parts))
 
