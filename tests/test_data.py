@@ -378,7 +378,7 @@ def test_unusable_frames_are_skipped_by_cause(tmp_path, capsys):
     said = capsys.readouterr().out
     for line in (
         "skipped 5",
-        "2: a coordinate that is not finite (id 1, 5)",
+        "2: a coordinate that is not finite, or beyond 100000 Å (id 1, 5)",
         "2: a label that is not finite (id 2, 3)",
     ):
         assert line in said
