@@ -344,7 +344,7 @@ def draw_smoothness(plt, results, folder):
         objective, _, norms = arm.rpartition("_")
         column, label = (norms, objective) if norms in NORMS else ("", arm)
         columns.setdefault(column, {})[label] = runs
-    size = {"figsize": (3.6 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
+    size = {"figsize": (1.2 + 3.2 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(2, len(columns), **size)
     markers, colors = "osv^Dx+*<", ("black", "tab:orange", "tab:blue", "0.6", "tab:green", "tab:red")
     labels = list(dict.fromkeys(label for arms in columns.values() for label in arms))
@@ -365,9 +365,9 @@ def draw_smoothness(plt, results, folder):
         steps = [name.rpartition("_")[2] for name in run["smoothness"]]
         over_steps.set_xticks(range(len(steps)), steps)
         over_noise.set_xticks(range(1 + len(NOISES)), ["0", *map(str, NOISES)])
-        over_steps.set(yscale="log", xlabel="step", title=f"{norms} (dotted: p95)")
+        over_steps.set(yscale="log", xlabel="step", title=f"{norms} (dotted: p95)".strip())
         over_noise.set(yscale="log", xlabel="noise on the geometry, \u00c5 (last step)")
-        over_steps.legend(frameon=False, fontsize=8)
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes[:, 0]:
         axis.set_ylabel("median LLC, 1/angstrom")
     figure.savefig(folder / "smoothness.png", dpi=110)
@@ -385,7 +385,7 @@ def draw_use(plt, results, folder):
     axis.axvline(0, color="0.7", lw=0.8, zorder=0)
     axis.set_yticks(range(len(arms)), list(arms))
     axis.invert_yaxis()
-    axis.set(xlabel="rise of the rec loss, %, with a graph embedding that is")
+    axis.set(xlabel="rise of the rec loss, %, given another graph embedding")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "use_of_g.png", dpi=110)
 
