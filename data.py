@@ -145,6 +145,12 @@ def coincident(pos, batch):
     return int(batch[i[close.argmax()]]) if close.any() else None
 
 
+def texts(item):
+    """Attributes of a file or dataset that are strings; on other types in a damaged file HDF5 itself may crash."""
+    is_text = {name: isinstance(item.attrs.get_id(name).get_type(), h5py.h5t.TypeStringID) for name in item.attrs}
+    return {name: item.attrs[name] for name in item.attrs if is_text[name]}
+
+
 def file_state(path):
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -166,7 +172,7 @@ class Molecules:
         try:
             with h5py.File(self.path, "r") as file:
                 self._state = file_state(self.path)
-                self.attrs = dict(file.attrs)
+                self.attrs = texts(file)
                 for key, wanted in (("schema", SCHEMA), ("length_unit", "angstrom")):
                     if (found := str(self.attrs.get(key))) != wanted:
                         raise InputError(f"{self.path}: attribute {key} is {found}, not {wanted}: convert with data.py")
@@ -194,9 +200,10 @@ class Molecules:
         for name, (dtype, shape) in expected.items():
             dataset = self._dataset(file, name, dtype, shape)
             if name not in ("z", "pos", "id"):
-                if not isinstance(dataset.attrs.get("unit"), str) or not dataset.attrs["unit"]:
+                unit = texts(dataset).get("unit")
+                if not isinstance(unit, str) or not unit:
                     raise InputError(f"{self.path}: dataset {name} has no attribute unit: convert it again")
-                self.units[name.removeprefix("y/")] = dataset.attrs["unit"]
+                self.units[name.removeprefix("y/")] = unit
             # The place of a plain dataset in the file; None (read through h5py) if chunked, compressed or shifted.
             plain = dataset.chunks is None and not dataset.external and file.userblock_size == 0
             self._layout[name] = dataset.id.get_offset() if plain and hasattr(os, "pread") else None

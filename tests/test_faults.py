@@ -68,11 +68,13 @@ def launch(stage, folder, *settings, ranks=1, options=(), limit=None):
     command += [str(ROOT / f"{stage}.py"), f"{stage}.yaml", f"out_dir={folder}", *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if ranks > 1 else {})
 
-    def lower():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job, as we may be, is told to ignore
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, preexec_fn=lower if limit else None, **pipes)
+    return subprocess.Popen(command, env=environment, preexec_fn=prepare, **pipes)
 
 
 def end(process):
