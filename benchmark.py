@@ -462,7 +462,7 @@ def ranks(config, rates, settings):
 
     for form, more in (("", []), (", compiled", ["compile=true"])):
         rate = {"1 process": [], "2 ranks": [], "2 runs apart": []}
-        for _ in range(3):
+        for _ in range(config.rounds):
             rate["1 process"].append(molecules_per_s(1, *more))
             rate["2 ranks"].append(molecules_per_s(2, *more))
             with ThreadPoolExecutor(2) as pool:
