@@ -77,9 +77,9 @@ def launch(stage, folder, *settings, ranks=1, options=(), limit=None):
     return subprocess.Popen(command, env=environment, preexec_fn=prepare, **pipes)
 
 
-def end(process):
+def end(process, timeout=300):
     """Wait for a process -> exit code, what it said on stderr."""
-    err = process.communicate(timeout=300)[1]
+    err = process.communicate(timeout=timeout)[1]
     return process.returncode, err
 
 
@@ -250,7 +250,7 @@ def test_a_rank_that_dies_is_started_again(stage, tally):
         os.kill(int(children[-1]), signal.SIGKILL)
         tally["ranks lost"] += 1
         time.sleep(1)
-    code, err = end(process)
+    code, err = end(process, timeout=1500)  # gloo may need a second restart, after ten minutes
     assert code == 0, err
     assert same_bits("whole", "died")
 
