@@ -32,7 +32,6 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -231,8 +230,10 @@ def set_up_process(config):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if "RANK" in os.environ:
-        # ten minutes as nccl, not gloo's thirty: now and then its ranks do not find each other after a restart
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        # torchrun's store outlives a restart: under the same name a rank would find the address of one that is dead
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return device, rank, world
 
 
