@@ -741,17 +741,18 @@ def read_npz(raw, keys, index=None):
 def read_xyz(raw):
     """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
     ase = need("ase.io", "reading extended xyz")
-    for key, atoms in enumerate(ase.iread(io.TextIOWrapper(open_raw(raw)), index=":", format="extxyz")):
-        if atoms.pbc.any():
-            yield {"id": key, "skip": "periodic: not a molecule"}
-            continue
-        known = dict(atoms.calc.results if atoms.calc else {})
-        known |= {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
-        if isinstance(known.get("energy"), (bool, np.bool_)):
-            raise ValueError(f"the energy of frame {key} is {known['energy']}")
-        labels = {"energy": float(known["energy"])} if "energy" in known else {}
-        labels |= {"forces": np.asarray(known["forces"], dtype=np.float64)} if "forces" in known else {}
-        yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
+    with io.TextIOWrapper(open_raw(raw)) as file:
+        for key, atoms in enumerate(ase.iread(file, index=":", format="extxyz")):
+            if atoms.pbc.any():
+                yield {"id": key, "skip": "periodic: not a molecule"}
+                continue
+            known = dict(atoms.calc.results if atoms.calc else {})
+            known |= {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
+            if isinstance(known.get("energy"), (bool, np.bool_)):
+                raise ValueError(f"the energy of frame {key} is {known['energy']}")
+            labels = {"energy": float(known["energy"])} if "energy" in known else {}
+            labels |= {"forces": np.asarray(known["forces"], dtype=np.float64)} if "forces" in known else {}
+            yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
 
 
 KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}

@@ -231,7 +231,7 @@ def set_up_process(config):
         torch.use_deterministic_algorithms(True)
     if "RANK" in os.environ:
         # torchrun's store outlives a restart: under the same name a rank would find the address of one that is dead
-        store, rank, world = next(dist.rendezvous("env://"))
+        store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return device, rank, world

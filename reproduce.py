@@ -265,13 +265,21 @@ def table(results):
             yield f"| {result['study']} | {result['objective']} | {seed} | {steps} | {losses} | {where} |"
 
 
+STARTS = {  # what fine-tuning starts from: color, line
+    "scratch": ("0.6", ":"),
+    "coord": ("tab:orange", "--"),
+    "georecon": ("black", "-"),
+    "alpha3": ("tab:blue", "-."),
+}
+
+
 def errors_table(results):
     for task, starts in by_task(results).items():
         first = next(iter(starts.values()))[0]
         for split, found in first["test"].items():
             for name in (name for name in found if "rmse" not in name and "per_atom" not in name):
                 cells = []
-                for start in ("scratch", "coord", "georecon", "alpha3"):
+                for start in STARTS:
                     values = [result["test"][split][name] for result in starts.get(start, ())]
                     cells.append(" / ".join(f"{value:.4g}" for value in values))
                 unit = first["units"].get(name, "")
@@ -391,18 +399,16 @@ def draw_use(plt, results, folder):
 
 
 def draw_errors(plt, results, folder):
-    """Validation errors over the steps, a panel a task: from scratch, after Coord, after GeoRecon."""
+    """Validation errors over the steps, a panel a task, a line a start."""
     tasks = by_task(results)
     columns = (len(tasks) + 1) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 5.6), layout="constrained", squeeze=False)
-    styles = {"scratch": ("0.6", ":"), "coord": ("tab:orange", "--"), "georecon": ("black", "-")}
-    styles["alpha3"] = ("tab:blue", "-.")
     for axis, (task, starts) in zip(axes.flat, tasks.items(), strict=False):
         for start, runs in starts.items():
             for k, run in enumerate(runs):
                 name = "forces_mae" if "forces_mae" in run["val"] else next(iter(run["val"]))
                 points = [(record["step"], record[name]) for record in run["curve_val"] if record["step"]]
-                color, line = styles[start]
+                color, line = STARTS[start]
                 axis.plot(*zip(*points, strict=True), line, color=color, lw=1.2, label=None if k else start)
             if f"{name}_ridge" in run["val"]:
                 axis.axhline(run["val"][f"{name}_ridge"], color=color, ls=line, lw=0.5)

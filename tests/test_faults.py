@@ -1,6 +1,6 @@
 """What happens when: kills, signals, dead ranks, full disks, two runs in one folder, jumping clocks, planted NaN.
 
-The short form runs with the other tests; `pytest tests/test_faults.py -m slow` is the whole suite, half an hour.
+The short form runs with the other tests; `pytest tests/test_faults.py -m slow` is the whole suite, about an hour.
 """
 
 import json
