@@ -511,7 +511,7 @@ def main(arguments):
         raise InputError("device = cuda: torch finds no GPU", code=2)
     if config.device == "cpu":
         torch.set_num_threads(1)
-    if arguments[:1] == ["alone"]:
+    if arguments[:1] == ["alone"] and len(arguments) > 3:  # a process of our own
         return run_alone(*arguments[1:4], config)
     chosen = [argument for argument in arguments if "=" not in argument] or list(CASES)
     if unknown := [case for case in chosen if case not in CASES]:
@@ -522,7 +522,10 @@ def main(arguments):
     out = Path(config.out)
     try:
         known = dict(json.loads(out.read_text())) if out.exists() else {}
+        if any(case not in CASES or "rows" not in found for case, found in known.items()):
+            raise ValueError("holds something else")
         out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"out = {out}: {error}: name a file of this program, or a new one", code=2) from None
     keep_freed_memory()

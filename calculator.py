@@ -20,7 +20,12 @@ from finetune import IN_EV, load_property_model, predict_molecule
 from model import radius_graph
 from pretrain import keep_freed_memory, write_atomically
 
-ase = need("ase.calculators.calculator", "the calculator")
+try:
+    ase = need("ase.calculators.calculator", "the calculator")
+except InputError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"calculator.py: error: {error}")
 
 SKIN = 1.0  # angstrom; pairs up to cutoff + SKIN are kept until an atom has moved by SKIN / 2
 
@@ -38,7 +43,7 @@ class GeoReconCalculator(ase.Calculator):
         model, self.about = load_property_model(checkpoint)
         if self.about["target"] != "energy_forces" or self.about["unit"] not in IN_EV:
             predicts = f"{self.about['target']} in {self.about['unit']}"
-            raise InputError(f"{checkpoint} predicts {predicts}, not energies and forces")
+            raise InputError(f"{checkpoint} predicts {predicts}, not energies and forces in {' or '.join(IN_EV)}")
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or cannot reach
@@ -113,7 +118,7 @@ def main(arguments):
     plt = need("matplotlib.pyplot", "drawing")
     keep_freed_memory()
     with readable(Path(start)):
-        first = next(read_xyz(Path(start)), None)
+        first = next(read_xyz(Path(start), labelled=False), None)
     if first is None or "skip" in first:
         raise InputError(f"{start}: {first['skip'] if first else 'no molecules inside'}")
     atoms = need("ase", "dynamics").Atoms(first["z"], first["pos"])

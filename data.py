@@ -97,13 +97,26 @@ class InputError(Exception):
 def cli(main):
     """Run main(argv), print an InputError as one line `<script>.py: error: ...` and exit with its code."""
     script = Path(sys.argv[0]).name
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as we live
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(error.code)
-    except (OSError, UnicodeEncodeError) as error:  # the output cannot be written: a full disk, a closed pipe
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"
+        print(f"{script}: error: out of memory: take smaller batches; {remedy}", file=sys.stderr)
+        sys.exit(1)
+    except UnicodeEncodeError as error:
+        print(f"{script}: error: {error.object!r} cannot be written as UTF-8: rename that file", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # the output cannot be written: a full disk, a closed pipe
         where, cause = getattr(error, "filename", None) or "standard output", getattr(error, "strerror", None) or error
         print(f"{script}: error: {where}: {cause}", file=sys.stderr)
         mute()
@@ -412,6 +425,8 @@ def write_h5(out, molecules, attrs, units, parts):
             if not cause:
                 with np.errstate(over="ignore"):  # too large for float32 is inf, which flaw finds
                     mol["pos"] = np.ascontiguousarray(mol["pos"], dtype=np.float32)
+                    if "forces" in mol["labels"]:
+                        mol["labels"]["forces"] = np.ascontiguousarray(mol["labels"]["forces"], dtype=np.float32)
                 cause = flaw(mol["z"], mol["pos"], mol["labels"])
             if cause:
                 count, first = skipped.get(cause, (0, []))
@@ -432,7 +447,7 @@ def write_h5(out, molecules, attrs, units, parts):
             per_atom["pos"].write(mol["pos"].tobytes())
             for name, value in mol["labels"].items():
                 if name == "forces":
-                    per_atom["forces"].write(np.asarray(value, dtype=np.float32).tobytes())
+                    per_atom["forces"].write(value.tobytes())
                 else:
                     per_molecule[name].append(value)
         num_molecules, num_atoms = len(per_molecule["id"]), per_molecule["ptr"][-1]
@@ -473,10 +488,10 @@ def copy_part(part, dataset, rows=1 << 20):
 @contextmanager
 def readable(*paths):
     """Whatever goes wrong while reading raw files becomes one line that names them."""
-    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, RuntimeError, MemoryError, csv.Error)
+    wrong = (EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
     try:
         yield
-    except (*wrong, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (*wrong, csv.Error, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
         names, cause = " ".join(map(str, paths)), f"{type(error).__name__}: {error}"
         raise InputError(f"{names}: damaged, cut off or not the right kind of file ({cause})") from error
 
@@ -551,7 +566,7 @@ def parallel(function, items, chunk=256):
 
 
 def number(text):
-    """A float as Python, Fortran or Mathematica write it: 1.5e-6, 1.5*^-6."""
+    """A float as Python or Mathematica write it: 1.5e-6, 1.5*^-6."""
     return float(text.replace("*^", "e"))
 
 
@@ -566,9 +581,10 @@ def parse_xyz(items):
     molecules = []
     for key, text in items:
         try:
-            rows = [line.split() for line in text.decode().splitlines() if line.strip()]
+            rows = [line.split() for line in text.decode().strip().splitlines()]
             first = len(rows) - int(rows[0][0])
-            if first not in (1, 2):
+            atom_first = len(rows[1]) == 4 and rows[1][0] in ATOMIC_NUMBER  # where the comment would be
+            if first not in (1, 2) or first == 2 and atom_first:
                 raise ValueError("more or fewer atoms than the first line says")
             z, pos = xyz_atoms(rows[first:])
             molecules.append({"id": key, "z": z, "pos": pos, "labels": {}})
@@ -637,8 +653,8 @@ def read_qm9_tar(raw):
             lines = file.read().decode().splitlines()
             try:
                 num, (tag, key, *values) = int(lines[0]), lines[1].split()
-                if tag != "gdb" or len(lines) < num + 2:
-                    raise ValueError("no `gdb` line or too few atoms")
+                if tag != "gdb" or len(lines) != num + 5:  # frequencies, SMILES and InChI follow the atoms
+                    raise ValueError("no `gdb` line, or another number of atoms than the first line says")
                 z, pos = xyz_atoms([line.split() for line in lines[2 : num + 2]])
                 labels = qm9_labels([number(text) for text in values])
             except (ValueError, IndexError) as error:
@@ -695,7 +711,10 @@ def read_pcqm4mv2(raw):
     if raw.suffix == ".zip":
         with zipfile.ZipFile(raw) as archive:
             names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
-            names = sorted((int(stem), name) for stem, name in names if stem.isdigit())
+            for k, (stem, _) in enumerate(names):
+                if not stem.isdecimal():
+                    yield {"id": k, "skip": "the file's name is no number"}
+            names = sorted((int(stem), name) for stem, name in names if stem.isdecimal())
             yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
         return
     need("rdkit.Chem", "reading SDF")
@@ -716,6 +735,11 @@ def read_sdf(raw):
         yield from parallel(parse_sdf, ((int(t) if re.fullmatch(r"\d{1,18}", t) else k, b) for t, k, b in titled))
 
 
+KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
+EV = {"energy": "eV", "forces": "eV/angstrom"}
+NPZ_UNITS = {"e_unit": ("kcal/mol", "kcal mol-1", "kcal mol^-1"), "r_unit": ("ang", "angstrom", "å", "a")}
+
+
 def read_npz(raw, keys, index=None):
     """Frames of one molecule; keys of z (n,), pos (T, n, 3), energy (T,) or (T, 1), forces (T, n, 3), and ids (T,)."""
     if not zipfile.is_zipfile(raw):
@@ -723,6 +747,9 @@ def read_npz(raw, keys, index=None):
     with np.load(raw, allow_pickle=False) as arrays:
         if missing := [key for key in (*keys, index) if key and key not in arrays]:
             raise InputError(f"{raw}: no {', '.join(missing)} among its arrays {', '.join(arrays)}: wrong SOURCE?")
+        for key, known in NPZ_UNITS.items():  # where the file says them
+            if key in arrays and (said := str(arrays[key].astype(str))).lower() not in known:
+                raise InputError(f"{raw}: its {key} is {said}, expected {known[0]}: convert the numbers first")
         z, pos, energy, forces = (arrays[key] for key in keys)
         ids = arrays[index] if index else np.arange(len(pos))
     shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
@@ -738,7 +765,22 @@ def read_npz(raw, keys, index=None):
         yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": {"energy": float(e), "forces": f}}
 
 
-def read_xyz(raw):
+def xyz_labels(key, atoms):
+    """Energy and forces of frame `key`; a ValueError where it is not clear what they are."""
+    known = {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
+    plain = dict(atoms.calc.results if atoms.calc else {})
+    found = {name: value for name, value in (plain | known).items() if name in EV}
+    if len(found.keys() & known.keys()) == 1 and len(found) == 2:
+        raise ValueError(f"frame {key} has energy or forces under REF_, the other without: are they of one level?")
+    said = [str(atoms.info[name]) for name in ("unit", "units", "energy_unit") if name in atoms.info]
+    if found and (strange := [unit for unit in said if unit.lower() not in ("ev", "ev/angstrom")]):
+        raise ValueError(f"frame {key} is in {strange[0]}, expected eV: convert the numbers first")
+    if isinstance(found.get("energy"), (bool, np.bool_)):
+        raise ValueError(f"the energy of frame {key} is {found['energy']}")
+    return {name: float(v) if name == "energy" else np.asarray(v, dtype=np.float64) for name, v in found.items()}
+
+
+def read_xyz(raw, labelled=True):
     """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
     ase = need("ase.io", "reading extended xyz")
     with io.TextIOWrapper(open_raw(raw)) as file:
@@ -746,17 +788,12 @@ def read_xyz(raw):
             if atoms.pbc.any():
                 yield {"id": key, "skip": "periodic: not a molecule"}
                 continue
-            known = dict(atoms.calc.results if atoms.calc else {})
-            known |= {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
-            if isinstance(known.get("energy"), (bool, np.bool_)):
-                raise ValueError(f"the energy of frame {key} is {known['energy']}")
-            labels = {"energy": float(known["energy"])} if "energy" in known else {}
-            labels |= {"forces": np.asarray(known["forces"], dtype=np.float64)} if "forces" in known else {}
+            labels = xyz_labels(key, atoms) if labelled else {}
             yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
+        if any(line.strip() for line in file):  # ase stops at a blank line
+            raise ValueError("a blank line between molecules: remove it")
 
 
-KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
-EV = {"energy": "eV", "forces": "eV/angstrom"}
 read_md17 = partial(read_npz, keys=("z", "R", "E", "F"))
 read_rmd17 = partial(read_npz, keys=("nuclear_charges", "coords", "energies", "forces"), index="old_indices")
 SOURCES = {  # reader of one raw file (qm9: of all of them), units of its labels

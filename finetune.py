@@ -176,6 +176,8 @@ class FinetuneConfig:
     def __post_init__(self):
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay = {self.ema_decay}: must be below 1")
+        if self.lr_factor >= 1:
+            raise ValueError(f"lr_factor = {self.lr_factor}: must be below 1")
         defaults = {
             "loss": "mse",
             "clip_norm": 0,
@@ -230,11 +232,13 @@ def split_data(config, molecules):
         sizes.append(None)
     parts |= {name: pool[part] for name, part in zip(from_pool, split_indices(len(pool), sizes), strict=False)}
     train, val = parts.pop("train"), parts.pop("val")
-    for name in filter(None, config.test_split.split(",")):
+    for name in config.test_split.split(",") if config.test_split else ():
+        key = f"test_{name}" if name in ("train", "val") else name  # beside a training part or validation part of ours
+        if key in parts or not name:
+            raise InputError(f"test_split = {config.test_split}: a name is empty, or two become {key}", code=2)
         test = named_split(molecules, name)
         if config.test_size > len(test):
             raise InputError(f"test_size = {config.test_size}: {name} has {len(test)} molecules", code=2)
-        key = f"test_{name}" if name in ("train", "val") else name  # beside a training part or validation part of ours
         parts[key] = test[split_indices(len(test), [config.test_size or len(test), None])[0]]
     together = np.concatenate([train, val, *parts.values()])
     if len(np.unique(together)) < len(together):
@@ -505,12 +509,28 @@ def load_property_model(path):
     try:
         if about["reduce"] not in ("sum", "mean"):
             raise ValueError(f"its reduce is {about['reduce']}")
+        if not all(type(z) is int for z in about["elements"]) or not (about["name"] + about["unit"]).isprintable():
+            raise ValueError("its elements are no numbers, or its name or unit no word")
         encoder = EquivariantTransformer(build_config(ModelConfig, content["model"]))
         model = PropertyModel(encoder, about["head"], about["reduce"], references=[0.0] * encoder.config.max_z)
         model.load_state_dict(content["state_dict"])
+        if not model.std > 0:
+            raise ValueError(f"its std is {model.std.item()}")
     except (InputError, *UNFIT) as error:
         raise InputError(f"{path} does not fit this code's model: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), about
+
+
+def check_best(folder, state, config):
+    """Refuse to resume beside a best.pt that is not of this run; a kill may have left one of a step after last.pt's."""
+    about = load_property_model(folder / "best.pt")[1]
+    same = about["target"] == config.target
+    if same:
+        check_kinds(state["best_val"], dict.fromkeys(about["val"], float), folder / "last.pt", "last.pt of this run")
+        best = state["best_step"], state["best_val"]
+        same = about["step"] > state["step"] or (about["step"], about["val"]) == best
+    if not same:
+        raise InputError(f"{folder / 'best.pt'} is of another run than last.pt: bring its own back")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -740,7 +760,8 @@ def finetune(config, device, rank, world):
         try:
             module.load_state_dict(checkpoint["state_dict"])
             load_optimizer(optimizer, checkpoint["optimizer"], checkpoint["step"])
-            plateau.load_state_dict(checkpoint["plateau"])
+            saved = checkpoint["plateau"]
+            plateau.best, plateau.num_bad_epochs = float(saved["best"]), int(saved["num_bad_epochs"])
             if average:
                 average.load_state_dict(checkpoint["average"])
             state = {key: checkpoint[key] for key in state}
@@ -748,7 +769,7 @@ def finetune(config, device, rank, world):
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
         check_kinds(state, {"best_val": dict, "best_step": int}, folder / "last.pt", "last.pt of finetune.py")
-        load_property_model(folder / "best.pt")  # the best so far, which the end of the run will ask for
+        check_best(folder, state, config)
     barrier()  # every rank has looked at the folder before rank 0 writes to it
     lock = claim_run_folder(config, state["step"] if checkpoint else None) if rank == 0 else None
     log = Log(folder / "log.jsonl", state["step"], config.max_steps, active=rank == 0)
@@ -870,7 +891,7 @@ def predict(checkpoint, source, out):
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     written = []
     with readable(Path(source)):
-        read = list(read_xyz(Path(source)))
+        read = list(read_xyz(Path(source), labelled=False))
     for mol in read:
         if "skip" in mol:
             raise InputError(f"{source}: molecule {mol['id']} is {mol['skip']}")

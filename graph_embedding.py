@@ -2,8 +2,6 @@
 
     python graph_embedding.py out/a/last.pt out/b/last.pt data=data/qm9_demo.h5 [key=value ...]
 
-    python graph_embedding.py out/a/last.pt out/b/last.pt data=data/qm9_demo.h5 [key=value ...]
-
     rec loss          of the decoder with the molecule's own g, and how it rises with g of another molecule of the same
                       size, of an isomer (so that it is not counting atoms), and with the mean g, which tells nothing
     linear readouts   R^2 of ridge regressions from g: number of atoms, composition, and, of what
@@ -52,6 +50,8 @@ def load_method(path):
     """-> Pretraining of a last.pt or step_<n>.pt of pretrain.py."""
     content = read_weights(path, "name a last.pt or step_<n>.pt of pretrain.py")
     try:
+        if content["schema"] != "georecon/1":
+            raise ValueError(f"its schema is {content['schema']}")
         config = build_config(PretrainConfig, content["config"])
         method = Pretraining(EquivariantTransformer(config.model), config)
         method.load_state_dict(content["state_dict"])

@@ -24,13 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError, Molecules, cli, split_indices
+from data import InputError, cli, split_indices
 from finetune import FinetuneConfig, elements, encode, read_encoder
 from model import radius_graph, scatter_sum, setting
 from pretrain import (
     build_config,
     keep_freed_memory,
     named_split,
+    open_data,
     provenance,
     standard_normal,
     write_atomically,
@@ -327,7 +328,7 @@ def read_arguments(kind, arguments, usage):
 
 def choose(config):
     """-> Molecules and the indices of those to measure."""
-    molecules = Molecules(config.data)
+    molecules = open_data(config)
     index = named_split(molecules, config.split)
     if config.num_molecules > len(index):
         raise InputError(f"num_molecules = {config.num_molecules}: there are {len(index)} in {config.data}", code=2)

@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import reprlib
 import shlex
 import shutil
 import signal
@@ -132,7 +133,9 @@ def read_yaml(path, may_have_base=True):
 
 def convert(value, kind, name):
     """A yaml or command line value as the type of its field; yaml reads 1e-4 as a string, so strings are parsed."""
-    wrong = InputError(f"{name} = {value!r}: must be {'a list of int' if kind is tuple else kind.__name__}", code=2)
+    wrong = InputError(
+        f"{name} = {reprlib.repr(value)}: must be {'a list of int' if kind is tuple else kind.__name__}", code=2
+    )
     try:
         if kind is tuple:
             items = value.split(",") if isinstance(value, str) else value
@@ -201,8 +204,11 @@ def load_config(kind, arguments, usage):
         if not isinstance(target, dict):
             raise InputError(f"{section} = {target!r}: must be a mapping of lines `key: value`", code=2)
         target[inner] = value
-    config = build_config(kind, settings)
-    return config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
+    config, home = build_config(kind, settings), Path(arguments[0]).parent
+    config = config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
+    if config.resume and (home / "last.pt").exists() and home.resolve() != Path(config.out_dir).resolve():
+        raise InputError(f"{arguments[0]} is of a run that was in {config.out_dir}: say out_dir={home}", code=2)
+    return config
 
 
 # ---------------------------------------------------------------- process, files, log
@@ -218,7 +224,12 @@ def keep_freed_memory():
 
 def set_up_process(config):
     """-> device, rank, world. Under torchrun joins its process group; on its own it is rank 0 of 1."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = 0, 1
+    if "RANK" in os.environ:  # WORLD_SIZE alone may be left over from the shell or a queue
+        told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+        if not all(map(str.isdecimal, told)) or int(told[0]) >= int(told[1]) or "MASTER_ADDR" not in os.environ:
+            raise InputError("RANK is set, but not what goes with it: start with torchrun, or unset RANK", code=2)
+        rank, world = int(told[0]), int(told[1])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -321,7 +332,7 @@ def drop_log_after(path, step):
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     write_text(path, "".join(kept))
 
@@ -377,9 +388,9 @@ def claim_run_folder(config, start):
         raise InputError(f"{folder} cannot be made: {error.strerror}; choose another out_dir=") from None
     for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
         left.unlink()
-    (folder / "metrics.json").unlink(missing_ok=True)  # of a run that is now made longer
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
     drop_log_after(folder / "log.jsonl", -1 if start is None else start)
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    (folder / "metrics.json").unlink(missing_ok=True)  # of a run that is now made longer
     return lock
 
 
@@ -461,6 +472,10 @@ def flatten(settings):
 def check_same_run(checkpoint, config, data_sha256):
     """Refuse to resume a run with other settings or other data: the result would be neither run."""
     defaults = asdict(type(config)())  # for a key that is younger than the run
+    if foreign := checkpoint["config"].keys() - defaults.keys():
+        raise InputError(
+            f"cannot resume {config.out_dir}: a run of another program, with the key {min(map(str, foreign))}"
+        )
     saved, now = flatten({**defaults, **checkpoint["config"]}), flatten(asdict(config))
     for key in sorted(now.keys() - FREE_TO_CHANGE):
         if saved.get(key) != now[key]:
@@ -769,7 +784,8 @@ def report(first_val, last_val):
     """The lines that say what became of each loss."""
     yield f"{'validation':<22}{'start':>10}{'end':>10}"
     for name in last_val:
-        yield f"{name:<22}{first_val[name]:>10.4f}{last_val[name]:>10.4f}"
+        start = f"{first_val[name]:.4f}" if name in first_val else ""  # inference_batch_size 1 has nothing to shuffle
+        yield f"{name:<22}{start:>10}{last_val[name]:>10.4f}"
     if "loss_rec_shuffled" in last_val:
         gap = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
         yield f"{'gap':<22}{gap:>20.4f}  rec loss with another molecule's graph embedding, less that with the true one"

@@ -236,7 +236,13 @@ def keep(study, run):
 
 
 def read_results(study):
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / study).glob("*.json"))]
+    results = []
+    for path in sorted((ROOT / "results" / study).glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            raise InputError(f"{path} is cut off: delete it and run the study again") from None
+        results.append(result)
     if not results:
         raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
     return results
@@ -448,6 +454,9 @@ def draw_losses(plt, results, folder):
 
 
 def main(arguments):
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
     if not arguments:
         for study, runs in STUDIES.items():
             print(f"{study}: {sum(finished(study, run) for run in runs)} of {len(runs)} runs done: {', '.join(runs)}")

@@ -138,6 +138,7 @@ def make_h5():
     changed("eth.h5", "blank_unit.h5")
     with h5py.File("blank_unit.h5", "a") as file:
         file["energy"].attrs["unit"] = ""
+    changed("ok.h5", "splits.h5", split__val=np.array([0, 1]), split__test_val=np.array([2, 3]))
     changed("eth.h5", "strange_unit.h5")
     with h5py.File("strange_unit.h5", "a") as file:
         file["energy"].attrs["unit"], file["forces"].attrs["unit"] = "furlong", "furlong/angstrom"
@@ -209,8 +210,27 @@ def make_checkpoints():
         torch.save(content, f"last_{name}/last.pt")
     shutil.copytree("tune", "no_best")
     Path("no_best/best.pt").unlink()
+    finetune.main(["e.yaml", "out_dir=other_seed", "seed=2"])
+    for name, entry in TUNE_LAST.items():
+        shutil.copytree("tune", f"tune_{name}")
+        torch.save(torch.load("tune/last.pt", weights_only=True) | entry, f"tune_{name}/last.pt")
+    for name, source in {"seed": "other_seed/best.pt", "target": "gap/best.pt"}.items():
+        shutil.copytree("tune", f"foreign_{name}")
+        shutil.copy(source, f"foreign_{name}/best.pt")
+    shutil.copytree("run", "copied")
+    content = torch.load("run/last.pt", weights_only=True)
+    torch.save({**content, "schema": "georecon/2"}, "next_schema.pt")
+    content = torch.load("tune/best.pt", weights_only=True)
+    content["state_dict"]["std"] = -content["state_dict"]["std"]
+    torch.save(content, "best_std=negative.pt")
+    content["property"]["unit"] = "a\nb"
+    torch.save(content, "best_unit=lines.pt")
 
 
+TUNE_LAST = {
+    "best_val": {"best_val": {}}, "best_text": {"best_val": {"energy_mae": "x", "forces_mae": 1.0}},
+    "plateau": {"plateau": {"best": "x", "num_bad_epochs": 0}}, "no_plateau": {"plateau": {}},
+}  # fmt: skip
 BEST = ("reduce=text", "head=text", "target=number", "unit=none", "elements=none", "name=none", "step=text")
 LAST = {  # last.pt with one entry changed
     "step_text": "3", "step_less": -5, "step_half": 2.5, "step_none": None, "wall_s": "x", "first_val": 5, "config": 5,
@@ -298,6 +318,19 @@ def make_raw():
     np.savez("good.npz", z=np.array([8, 1, 1]), R=np.zeros((2, 3, 3)), E=np.zeros(2), F=np.zeros((2, 3, 3)))
     Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:300])
     np.savez("keys.npz", a=np.zeros(3))
+    water = {"z": np.array([8, 1, 1]), "R": np.eye(3)[None], "E": np.zeros(1), "F": np.zeros((1, 3, 3))}
+    np.savez("bohr.npz", **water, r_unit="bohr")
+    np.savez("hartree.npz", **water, e_unit=np.bytes_("Hartree"))
+    np.savez("force.npz", **water | {"F": np.full((1, 3, 3), 1e300)})
+    qm9 = "4\ngdb 1\t" + "\t".join(["1.0"] * 15) + "\nC 0 0 0\nH 0 0 1\nH 0 1 0\nH 1 0 0\nH 0 0 -1\n1\nC\tC\nI\tI\n"
+    with tarfile.open("count.tar", "w") as archive:
+        Path("dsgdb9nsd_000001.xyz").write_text(qm9)
+        archive.add("dsgdb9nsd_000001.xyz")
+    with zipfile.ZipFile("count.zip", "w") as archive:
+        archive.writestr("1.xyz", "2\n\nO 0 0 0\nH 0 0 1\nH 0 1 0\n")
+        archive.writestr("2.xyz", "2\nO 0 0 0\nH 0 0 1\nH 0 1 0\n")
+    with zipfile.ZipFile("named.zip", "w") as archive:
+        archive.writestr("a1.xyz", "1\n\nH 0 0 0\n")
     frames = {"nuclear_charges": np.array([8, 1, 1]), "coords": np.zeros((2, 3, 3)), "energies": np.zeros(2)}
     for name, ids in {"half": [0.5, 1], "inf": [0, np.inf], "large": [0, 1e300]}.items():
         np.savez(f"ids_{name}.npz", **frames, forces=np.zeros((2, 3, 3)), old_indices=np.array(ids))
@@ -316,6 +349,9 @@ def make_raw():
         "far": "2\n\nH 0 0 0\nH 0 0 1e200\n",
         "bool": "2\nenergy=T Properties=species:S:1:pos:R:3\nH 0 0 0\nH 0 0 1\n",
         "at@3": "2\n\nH 0 0 0\nH 0 0 0\n",
+        "between": "2\n\nH 0 0 0\nH 0 0 1\n\n2\n\nH 0 0 0\nH 0 0 1\n",
+        "unit": "2\nenergy=1.0 unit=Hartree Properties=species:S:1:pos:R:3\nH 0 0 0\nH 0 0 1\n",
+        "mixed": "1\nREF_energy=1.0 Properties=species:S:1:pos:R:3:forces:R:3\nH 0 0 0 0 0 0\n",
     }.items():
         Path(f"x_{name}.xyz").write_text(text)
     Path("x_binary.xyz").write_bytes(bytes(range(256)))
@@ -328,7 +364,7 @@ def make_raw():
 
 
 XYZ = ("count", "word", "number", "element", "columns", "empty", "blank", "zero", "same", "nan", "binary", "missing")
-XYZ += ("far", "bool", "at@3")
+XYZ += ("far", "at@3", "between")
 
 # ---------------------------------------------------------------- the table: program, arguments, exit code, words
 
@@ -366,10 +402,27 @@ CASES = [
     *(("lipschitz", [f"{name}.pt", "data=ok.h5", "num_molecules=3"], 1, words) for name, words in CHECKPOINTS.items()),
     *(("data", ["xyz", f"x_{name}.xyz", "new.h5"], 1, f"x_{name}.xyz") for name in XYZ),
     *(("finetune", ["predict", "tune/best.pt", f"x_{name}.xyz", "new.xyz"], 1, f"x_{name}.xyz") for name in XYZ),
+    ("data", ["xyz", "x_bool.xyz", "new.h5"], 1, "energy of frame 0"),
+    ("data", ["xyz", "x_unit.xyz", "new.h5"], 1, "is in Hartree, expected eV"),
+    ("data", ["xyz", "x_mixed.xyz", "new.h5"], 1, "under REF_"),
+    ("data", ["md17", "bohr.npz", "new.h5"], 1, "r_unit is bohr"),
+    ("data", ["md22", "hartree.npz", "new.h5"], 1, "e_unit is Hartree"),
+    ("data", ["md17", "force.npz", "new.h5"], 1, "label that is not finite"),
+    ("data", ["qm9", "count.tar", "new.h5"], 1, "another number of atoms"),
+    ("data", ["pcqm4mv2", "count.zip", "new.h5"], 1, "not readable as xyz: 2"),
+    ("data", ["pcqm4mv2", "named.zip", "new.h5"], 1, "name is no number"),
     ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "new.xyz"], 1, "element 31"),
     *(("finetune", ["predict", f"best_{name}.pt", "x_strange.xyz", "new.xyz"], 1, f"best_{name}.pt") for name in BEST),
     *(("pretrain", ["p.yaml", f"out_dir=last_{name}", "resume=true", "max_steps=4"], 1, "last.pt") for name in LAST),
     ("finetune", ["e.yaml", "out_dir=no_best", "resume=true", "max_steps=4"], 1, "no_best/best.pt"),
+    *(("finetune", ["e.yaml", f"out_dir=tune_{name}", "resume=true", "max_steps=4"], 1, "last.pt")
+      for name in TUNE_LAST),
+    *(("finetune", ["e.yaml", f"out_dir=foreign_{name}", "resume=true", "max_steps=4"], 1, "of another run")
+      for name in ("seed", "target")),
+    ("finetune", ["f.yaml", "out_dir=run", "resume=true", "max_steps=4"], 1, "another program"),
+    ("pretrain", ["copied/config.yaml", "resume=true", "max_steps=4"], 2, "out_dir=copied"),
+    ("finetune", ["predict", "best_std=negative.pt", "x_strange.xyz", "new.xyz"], 1, "its std"),
+    ("finetune", ["predict", "best_unit=lines.pt", "x_strange.xyz", "new.xyz"], 1, "no word"),
     ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "new.xyz.gz"], 2, "must end in .xyz"),
     ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "/proc/new.xyz"], 1, "/proc"),
     ("finetune", ["predict", "tune/best.pt"], 2, "usage"),
@@ -396,6 +449,9 @@ CASES = [
     ("finetune", ["f.yaml", "train_size=0", "val_size=0"], 2, "only one part"),
     ("finetune", ["f.yaml", "train_size=500"], 2, "train_size = 500"),
     ("finetune", ["f.yaml", "ema_decay=1"], 2, "below 1"),
+    ("finetune", ["f.yaml", "lr_factor=1"], 2, "below 1"),
+    ("finetune", ["f.yaml", "test_split=,"], 2, "empty"),
+    ("finetune", ["f.yaml", "data=splits.h5", "test_split=val,test_val", "test_size=0"], 2, "become test_val"),
     ("finetune", ["f.yaml", "loss=huber"], 2, "one of mse, l1"),
     ("finetune", ["f.yaml", "head=vector"], 2, "one of auto"),
     ("finetune", ["f.yaml", "references=qm9"], 2, "there are none for gap"),
@@ -440,6 +496,7 @@ CASES = [
     ("lipschitz", ["run/encoder.pt", "iterations=0", "data=ok.h5"], 2, "at least 1"),
     ("lipschitz", ["run/encoder.pt", "iteration=5", "data=ok.h5"], 2, "did you mean iterations"),
     ("lipschitz", ["run/encoder.pt", "data=ok.h5"], 2, "there are 20"),
+    ("lipschitz", ["run/encoder.pt", "data="], 2, "data is not set"),
     ("lipschitz", ["run/encoder.pt", "run/encoder.pt", "data=ok.h5"], 2, "twice"),
     ("ntk", [], 2, None),
     ("ntk", ["data=ok.h5"], 2, "two or more"),
@@ -449,10 +506,14 @@ CASES = [
     ("ntk", ["gap/step_0.pt", "gap/last.pt", "data=nan_gap.h5", "num_molecules=3"], 1, "gap is not finite"),
     ("benchmark", ["encoders"], 2, "there are encoder"),
     ("benchmark", ["rounds=0"], 2, "at least 1"),
+    ("benchmark", ["alone"], 2, "there are encoder"),
+    ("benchmark", ["loader", "small=ok.h5", "larger=ok.h5", "out=run/metrics.json"], 2, "something else"),
+    ("benchmark", ["loader", "small=ok.h5", "larger=ok.h5", "out=/proc/new.json"], 2, "/proc"),
     ("benchmark", ["small=missing.h5"], 1, "no such file"),
     ("benchmark", ["md17=missing.h5", "forces"], 1, "no such file"),
     ("finetune", ["e.yaml", "compile=maybe"], 2, "must be bool"),
     ("graph_embedding", ["run/encoder.pt", "data=ok.h5", "num_molecules=20"], 1, "no last.pt"),
+    ("graph_embedding", ["next_schema.pt", "data=ok.h5", "num_molecules=20"], 1, "schema is georecon/2"),
     ("graph_embedding", ["pickled.pt", "data=ok.h5", "num_molecules=20"], 1, "could run code"),
     ("graph_embedding", ["run/last.pt", "data=ok.h5", "num_molecules=5"], 2, "at least 10"),
     ("calculator", ["tune/best.pt", "x_strange.xyz", "new.pdf"], 2, "png or .svg"),
@@ -568,13 +629,18 @@ def test_any_xyz_is_molecules_or_refused(tmp_path_factory, lines, counted):
     st.floats(0, 1),
 )
 def test_any_damage_to_an_h5_is_refused_or_harmless(tmp_path_factory, place, damage, kept):
-    """Bytes overwritten, the end cut off: what is still read is of the right shape, finite and made of elements."""
+    """Bytes overwritten, the end cut off: what is still read is of the right shape, finite and made of elements.
+
+    Not overwritten is the heap of strings: on a damaged one HDF5 itself (2.0) may loop for ever.
+    """
     content = bytearray((place / "eth.h5").read_bytes())
+    heap, size = content.find(b"GCOL"), 4096
     if kept < 0.3:
         content = content[: int(len(content) * kept / 0.3)]
     for where, value in damage:
-        if content:
-            content[int(where * len(content))] = value
+        byte = int(where * len(content))
+        if content and not heap <= byte < heap + size:
+            content[byte] = value
     path = tmp_path_factory.getbasetemp() / "any.h5"
     path.write_bytes(content)
     molecules = refused_or(Molecules, path)

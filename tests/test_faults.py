@@ -1,6 +1,7 @@
 """What happens when: kills, signals, dead ranks, full disks, two runs in one folder, jumping clocks, planted NaN.
 
-The short form runs with the other tests; `pytest tests/test_faults.py -m slow` is the whole suite, about an hour.
+The short form runs with the other tests; the whole suite, half an hour on two cores, is
+`pytest tests/test_faults.py tests/test_bad_input.py -m "slow or not slow" --dist worksteal`.
 """
 
 import json
@@ -22,7 +23,7 @@ import yaml
 
 import finetune
 import pretrain
-from data import InputError, Molecules
+from data import InputError, Molecules, cli
 
 ROOT = Path(__file__).parent.parent
 COMMON = {
@@ -79,7 +80,7 @@ def launch(stage, folder, *settings, ranks=1, options=(), limit=None):
 
 def end(process):
     """Wait for a process -> exit code, what it said on stderr."""
-    err = process.communicate(timeout=300)[1]
+    err = process.communicate(timeout=900)[1]
     return process.returncode, err
 
 
@@ -296,6 +297,22 @@ def test_a_run_outlives_whoever_reads_its_output(stage, tally):
     tally["closed pipes"] += 1
 
 
+@pytest.mark.parametrize("work", ["torch.empty(2**47)", "numpy.ones(2**47)"])
+def test_no_memory_is_one_line(work, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as ended:
+        cli(lambda arguments: eval(work, {"torch": torch, "numpy": np}))
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("pretrain.py: error: out of memory") and said.count("\n") == 1
+
+
+def test_closed_streams_do_no_harm(tmp_path):
+    """As of `data.py ... >&- 2>&-`: nothing to write to, and nothing else gets what was meant for them."""
+    words = f"exec {sys.executable} {ROOT}/data.py sample {ROOT}/data/ethanol_demo.h5 out.h5 num=3 seed=1 >&- 2>&-"
+    assert subprocess.run(["sh", "-c", words], cwd=tmp_path).returncode == 0
+    assert len(Molecules(tmp_path / "out.h5")) == 3 and len(list(tmp_path.iterdir())) == 1
+
+
 def test_output_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(ROOT / "data.py"), "info", str(ROOT / "data/ethanol_demo.h5")]
@@ -323,6 +340,18 @@ def test_of_two_runs_in_one_folder_one_is_refused(stage, tally):
     finish(stage, "whole")
     finish(stage, "whole", "resume=true", "max_steps=80")
     assert same_bits("whole", "both")
+
+
+def test_left_over_variables_of_a_launcher_change_nothing(stage, monkeypatch):
+    """A shell or a queue may export WORLD_SIZE; without RANK it does not make us one of several."""
+    main(stage, "out_dir=whole", "max_steps=4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    main(stage, "out_dir=left", "max_steps=4")
+    assert same_bits("whole", "left")
+    for rank in ("0", "x", "7"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(InputError, match="start with torchrun, or unset RANK"):
+            main(stage, "out_dir=wrong")
 
 
 def test_a_clock_that_jumps_changes_nothing(stage, tally, monkeypatch):
@@ -409,17 +438,17 @@ def test_the_gradient_shows_in_the_log(stage):
 
 @pytest.mark.slow
 def test_loaders_leave_nothing_behind_when_their_parent_is_killed(stage):
-    shared = set(os.listdir("/dev/shm"))
     process = launch(stage, f"{Path.cwd()}/workers", "num_workers=2", "max_steps=100000")
     assert wait_for_step(process, "workers", 3)
-    assert len(processes_of(f"{Path.cwd()}/workers")) >= 3
+    pids = processes_of(f"{Path.cwd()}/workers")
+    assert len(pids) >= 3
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30
     while processes_of(f"{Path.cwd()}/workers") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not processes_of(f"{Path.cwd()}/workers")
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert not [name for name in os.listdir("/dev/shm") for pid in pids if f"_{pid}_" in name]
 
 
 def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
@@ -438,7 +467,9 @@ def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_thousand_steps_take_no_more_memory_and_no_more_time(stage):
-    process = launch(stage, "long", "max_steps=20000", "log_every=200", "save_every=1000", "val_every=1000")
+    smallest = ["batch_size=2", "model.num_layers=1", "model.embedding_dimension=8"]
+    rarely = ["log_every=200", "save_every=1000", "val_every=1000"]
+    process = launch(stage, "long", "max_steps=20000", *smallest, *rarely)
     memory = []
     while process.poll() is None:
         if step_of("long") > len(memory):
