@@ -192,16 +192,18 @@ def test_killed_at_twenty_random_moments(stage, tally, ranks):
     rng = random.Random(f"{stage}{ranks}")
 
     def at_random(process, folder):
-        time.sleep(rng.uniform(0, 4 + 4 * ranks))
+        deadline, last = time.monotonic() + rng.uniform(0, 4 + 4 * ranks), step_of(folder) + 40
+        while time.monotonic() < deadline and step_of(folder) < last:  # on a fast machine it must not reach its end
+            time.sleep(0.01)
 
     def while_writing(process, folder):
         first = step_of(folder)
         wait_for_step(process, folder, first + rng.randrange(1, 4))
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and not list(Path(folder).glob(".*.pt.tmp")):
-            pass
+            time.sleep(0.0003)
 
-    kill_often(stage, tally, ranks, [at_random, while_writing] * 10, "save_every=1", "max_steps=1500")
+    kill_often(stage, tally, ranks, [at_random, while_writing] * 10, "save_every=1", "max_steps=600")
 
 
 # ---------------------------------------------------------------- asked to stop
@@ -467,17 +469,20 @@ def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_thousand_steps_take_no_more_memory_and_no_more_time(stage):
+    """Time of the processor, which what else is at work there changes less than the clock's."""
     smallest = ["batch_size=2", "model.num_layers=1", "model.embedding_dimension=8"]
+    smallest += ["objective=coord"] if stage == "pretrain" else ["target=energy"]
     rarely = ["log_every=200", "save_every=1000", "val_every=1000"]
     process = launch(stage, "long", "max_steps=20000", *smallest, *rarely)
-    memory = []
+    memory, seconds = [], []
     while process.poll() is None:
-        if step_of("long") > len(memory):
+        if step_of("long") > len(memory):  # every 200 steps
             status = Path(f"/proc/{process.pid}/status").read_text()
             memory.append(int(status.partition("VmRSS:")[2].split()[0]))
+            spent = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            seconds.append(sum(map(int, spent)) / os.sysconf("SC_CLK_TCK"))
         time.sleep(0.05)
-    assert process.communicate() and process.returncode == 0
+    assert process.communicate() and process.returncode == 0 and len(memory) > 95
     assert np.median(memory[-20:]) < 1.05 * np.median(memory[10:30])
-    records = [json.loads(line) for line in Path("long/log.jsonl").read_text().splitlines()]
-    rates = [record["molecules_per_s"] for record in records if record["split"] == "train"]
-    assert np.median(rates[-30:]) > 0.7 * np.median(rates[:30])
+    each = np.diff(seconds)
+    assert np.median(each[-30:]) < 1.4 * np.median(each[:30])
