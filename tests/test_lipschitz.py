@@ -108,7 +108,7 @@ def agreement(encoder, index):
 
 @pytest.mark.parametrize("norms", [{}, {"vec_norm_out": "whiten", "vec_norm_layer": "none"}], ids=str)
 def test_iterated_norms_equal_the_exact_ones(norms):
-    assert agreement(encoder(**norms), spread(4)) < 1e-6
+    assert agreement(encoder(**norms), spread(4)[:3]) < 1e-6
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_table_1_and_figure_2(runs, tmp_path, capsys):
 def test_geometries_may_be_noised(runs, tmp_path):
     for name, more in (("clean", []), ("noised", ["position_noise_scale=0.04"]), ("exact", ["exact=true"])):
         lipschitz.main(
-            [str(runs / "georecon/last.pt"), f"data={QM9}", "num_molecules=3", f"out_dir={tmp_path}/{name}", *more]
+            [str(runs / "georecon/last.pt"), f"data={QM9}", "num_molecules=2", f"out_dir={tmp_path}/{name}", *more]
         )
     clean, noised, exact = (
         json.loads((tmp_path / name / "lipschitz.json").read_text())["checkpoints"].popitem()[1]
