@@ -457,13 +457,15 @@ def test_loaders_leave_nothing_behind_when_their_parent_is_killed(stage):
 
 
 def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
-    work = "data.parallel(subprocess.run, itertools.cycle(['sleep', '30']), chunk=2)"
+    busy = tmp_path / "busy"  # written by a worker: a scan of processes may see a fork that is gone a moment later
+    command = ["sh", "-c", f"touch {busy}; sleep 30"]
+    work = f"data.parallel(subprocess.run, itertools.cycle({command}), chunk=3)"
     code = f"import data, itertools, subprocess; list({work})"
     process = subprocess.Popen([sys.executable, "-c", code, f"out_dir={tmp_path}"], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len(processes_of(tmp_path)) < 2 and time.monotonic() < deadline:
+    while not busy.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert len(processes_of(tmp_path)) > 1
+    assert busy.exists() and len(processes_of(tmp_path)) > 1
     process.kill()
     process.wait()
     time.sleep(1)
