@@ -494,8 +494,12 @@ def make_encoder(config):
             encoder = EquivariantTransformer(config.model)
         return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
     encoder, rest = read_encoder(config.init_from, config.model)
-    loaded = len(encoder.state_dict())
-    return encoder, f"encoder: {loaded} tensors of {config.init_from}, {rest} others in it not used; fresh: the head"
+    brought = asdict(encoder.config).items() - asdict(config.model).items()
+    by_file = ", ".join(f"{key}={value}" for key, value in sorted(brought)) or "as configured"
+    return encoder, (
+        f"encoder: {len(encoder.state_dict())} tensors of {config.init_from}, {rest} others in it not used; "
+        f"fresh: the head; model, by the file: {by_file}"
+    )
 
 
 def load_property_model(path):

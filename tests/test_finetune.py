@@ -438,7 +438,7 @@ def encoders(tiny):
     return ["out/first/encoder.pt", "out/first/last.pt", "theirs.pt", "lightning.pt"], weights
 
 
-def test_init_from_takes_the_encoder_and_the_head_is_the_seeds(encoders):
+def test_init_from_takes_the_encoder_and_the_head_is_the_seeds(encoders, capsys):
     paths, weights = encoders
     settings = ["lr=0", "lr_min=0", "max_steps=1"]
     heads = [tensors(start("gap", *settings, out="out/scratch") / "last.pt")]
@@ -454,7 +454,9 @@ def test_init_from_takes_the_encoder_and_the_head_is_the_seeds(encoders):
     metrics = json.loads(Path("out/0/metrics.json").read_text())
     assert metrics["init_sha256"] and metrics["init_from"] == paths[0]
     # our own files bring their architecture along, and a best.pt or last.pt of this stage will do
+    capsys.readouterr()
     start("gap", "model.num_layers=1", *settings, "init_from=out/0/best.pt", out="out/again")
+    assert "model, by the file: num_layers=2\n" in capsys.readouterr().out
     start("gap", *settings, "init_from=out/0/last.pt", out="out/again2")
     assert same_bits("out/again/best.pt", "out/0/best.pt") and same_bits("out/again2/best.pt", "out/0/best.pt")
 
