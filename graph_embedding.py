@@ -236,7 +236,7 @@ def study(paths, config):
     for name, (method, settings) in zip(names_of(paths), methods, strict=True):
         clean, noised, starts = encode_all(method, settings, batches)
         results[name] = hold(clean, noised, known, formulas)
-        if hasattr(method, "decoder"):
+        if hasattr(method, "decoder") and settings.decoder_graph_emb:
             rng = np.random.default_rng(config.seed)
             results[name] |= use(method, settings, starts, clean, known.size.tolist(), formulas, rng)
     return results

@@ -585,7 +585,7 @@ class Pretraining(nn.Module):
 
     def __init__(self, encoder, config):
         super().__init__()
-        self.config = config  # keys: objective alpha w_* decoder_layers decoder_vec pooling position_noise_scale
+        self.config = config  # keys: objective alpha w_* decoder_* pooling position_noise_scale
         self.encoder = encoder
         self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
         if config.objective != "coord":
@@ -623,6 +623,8 @@ class Pretraining(nn.Module):
         # Graph level, Sec. 4.2 "Reconstruction Head": of the clean molecule the decoder sees its pooled embedding.
         # L_rec = 1/3N sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
+        if not config.decoder_graph_emb:  # a control: all of GeoRecon but what the clean molecule tells the decoder
+            graph_emb = 0 * graph_emb  # no new zeros: attention's score is to have a gradient, of zero
         x_rec, vec_rec = x[-N:] if len(variants) == 3 else x[:N], vec[-N:] if len(variants) == 3 else vec[:N]
         if not config.decoder_vec:
             vec_rec = None

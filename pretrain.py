@@ -73,6 +73,7 @@ class PretrainConfig:
     w_rec: float = setting(0.45, low=0)  # PAPER-SILENT for the main run; the middle of Table 7's sweep
     decoder_layers: int = setting(1, low=0)  # PAPER-SILENT: "lightweight"
     decoder_vec: bool = True  # PAPER-SILENT: the decoder starts from vec of the encoder; false: from zero
+    decoder_graph_emb: bool = True  # false: the decoder sees zero in place of g, a control that the paper lacks
     pooling: str = setting("mean", choices=("mean", "sum", "attention"))  # Sec. 4.2
     model: ModelConfig = field(default_factory=ModelConfig)
 

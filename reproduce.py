@@ -87,6 +87,7 @@ FACTORS = {
     **{f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (3, 8)},
     **{f"depth{depth}": pretrain(f"decoder_layers={depth}") for depth in (0, 2)},
     "no_vec": pretrain("decoder_vec=false"),
+    "no_g": pretrain("decoder_graph_emb=false"),  # what is left of GeoRecon without its graph embedding
     "w_rec3": pretrain("w_rec=3"),
     **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
     # frames of one molecule at 500 K: the clean geometry can no longer be guessed from the noised one
@@ -97,7 +98,7 @@ FACTORS = {
 COMBINATIONS = {
     "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
     "alpha3_no_vec": pretrain("alpha=3", "decoder_vec=false"),
-    "alpha3_attention": pretrain("alpha=3", "pooling=attention"),
+    "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
     "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
 }
 THERMAL = {"georecon": "thermal", "coord": "thermal_coord"}

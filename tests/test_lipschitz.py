@@ -305,11 +305,17 @@ def test_few_molecules_give_no_figures_that_are_none(runs, tmp_path):
 
 
 def test_use_of_the_graph_embedding(runs, tmp_path, capsys):
-    names = [str(runs / "georecon/last.pt"), str(runs / "coord/last.pt")]
+    without = torch.load(runs / "georecon/last.pt", weights_only=True)
+    without["config"]["decoder_graph_emb"] = False
+    (tmp_path / "without").mkdir()
+    torch.save(without, tmp_path / "without/last.pt")
+    names = [str(runs / "georecon/last.pt"), str(runs / "coord/last.pt"), str(tmp_path / "without/last.pt")]
     graph_embedding.main([*names, f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}"])
-    found = json.loads((tmp_path / "graph_embedding.json").read_text())["checkpoints"]
+    found = json.loads((tmp_path / "graph_embedding.json").read_text())["checkpoints"].values()
+    found = dict(zip(("georecon", "coord", "without"), found, strict=True))
     assert {"rec_loss", "rise_isomer", "rise_same_size", "rise_mean"} <= found["georecon"].keys()
-    assert "rec_loss" not in found["coord"] and "r2_torsion" in found["coord"]
+    for name in ("coord", "without"):
+        assert "rec_loss" not in found[name] and "r2_torsion" in found[name]
     assert "isomer, %" in capsys.readouterr().out
 
 

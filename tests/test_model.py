@@ -681,10 +681,8 @@ def test_autocast_runs_the_linear_layers_alone_in_bfloat16(device):
 
 
 def settings(**changes):
-    defaults = dict(
-        objective="georecon", alpha=1.0, w_noise=1.0, w_clean=0.7, w_rec=0.45, decoder_layers=1, decoder_vec=True
-    )
-    defaults |= dict(pooling="mean", position_noise_scale=0.04, model=small())
+    defaults = dict(objective="georecon", alpha=1.0, w_noise=1.0, w_clean=0.7, w_rec=0.45, position_noise_scale=0.04)
+    defaults |= dict(decoder_layers=1, decoder_vec=True, decoder_graph_emb=True, pooling="mean", model=small())
     return SimpleNamespace(**defaults | changes)
 
 
@@ -732,6 +730,20 @@ def test_losses_equal_their_equations(objective, alpha, device):
     assert set(losses) == set(expected)
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-11), name
+
+
+def test_without_a_graph_embedding_the_decoder_knows_its_own_atoms_alone(device):
+    """The losses are those of a decoder that is given zero, and nothing of loss_rec reaches the clean molecule."""
+    method = pretraining(device, Recorded(16), decoder_graph_emb=False)
+    z, pos, batch, noise, B = batch_and_noise(device)
+    losses = method(z, pos, batch, noise, B, shuffle=True)
+    (gradient,) = torch.autograd.grad(losses["loss_rec"], method.encoder.leaves[:1], retain_graph=True)
+    assert gradient[: len(z)].any() and not gradient[len(z) :].any()
+    method.config.decoder_graph_emb = True
+    method.pooling.register_forward_hook(lambda module, arguments, out: torch.zeros_like(out))
+    given_zero = method(z, pos, batch, noise, B, shuffle=True)
+    assert all(losses[name].item() == given_zero[name].item() for name in losses)
+    assert losses["loss_rec_shuffled"].item() == losses["loss_rec"].item()
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.3])
@@ -809,6 +821,7 @@ def test_loss_rec_trains_the_encoder_through_the_graph_embedding(detach, device)
         dict(alpha=1.3),
         *(dict(decoder_layers=n) for n in (0, 1, 2)),
         dict(decoder_vec=False),
+        dict(decoder_graph_emb=False, pooling="attention"),
         *(dict(pooling=kind) for kind in ("mean", "sum", "attention")),
         *(dict(model=small(**norms)) for norms in (PUBLISHED, WHITEN_LAYERS, dict(vector_cutoff=True))),
         dict(model=small(num_layers=1)),
