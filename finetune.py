@@ -738,6 +738,7 @@ def finetune(config, device, rank, world):
     source = StepBatches(molecules, train, config.batch_size, config.seed, rank, world, config.accumulate, forces)
 
     # model: seeded again for the head, so that it is the same wherever the encoder comes from
+    # DEVIATION: upstream loads the property head too, which pretraining has left untrained
     torch.manual_seed(config.seed)
     encoder, encoder_line = make_encoder(config)
     config = replace(config, model=encoder.config)

@@ -89,6 +89,7 @@ FACTORS = {
     "no_vec": pretrain("decoder_vec=false"),
     "no_g": pretrain("decoder_graph_emb=false"),  # what is left of GeoRecon without its graph embedding
     "w_rec3": pretrain("w_rec=3"),
+    "w_clean0.1": pretrain("w_clean=0.1"),
     **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
     # frames of one molecule at 500 K: the clean geometry can no longer be guessed from the noised one
     "thermal": pretrain("data=data/md17_aspirin.h5"),
