@@ -5,7 +5,7 @@
 
     python calculator.py best.pt START.xyz OUT.png [ps=2] [temperature=300]
 
-relaxes the first molecule of START.xyz, runs it at constant energy, reports and draws the drift of the total energy.
+relaxes the first molecule of START.xyz, runs it for ps at constant energy from temperature (K), reports and draws the drift of the total energy.
 """
 
 import sys
@@ -78,7 +78,7 @@ class GeoReconCalculator(ase.Calculator):
 
 
 def constant_energy(atoms, ps, temperature, timestep=0.5, seed=1):
-    """Relax, heat, and run at constant energy -> times (ps), total energies (eV), kinetic temperatures (K)."""
+    """Relax, heat to temperature (K), run at constant energy in timesteps (fs): -> ps, total energies (eV), K."""
     units, optimize = need("ase.units", "dynamics"), need("ase.optimize", "dynamics")
     verlet = need("ase.md.verlet", "dynamics")
     optimize.FIRE(atoms, logfile=None).run(fmax=0.05, steps=500)
