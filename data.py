@@ -329,11 +329,11 @@ def epoch_order(num, seed, epoch):
 
 
 def split_indices(num, sizes, seed=1):
-    """Random disjoint parts of range(num), e.g. QM9's sizes (110_000, 10_000, -1); -1 or None takes the rest."""
-    fixed = sum(size for size in sizes if size not in (-1, None))
-    if fixed > num or sum(size in (-1, None) for size in sizes) > 1:
+    """Random disjoint parts of range(num), e.g. QM9's sizes (110_000, 10_000, None); None takes the rest."""
+    fixed = sum(size or 0 for size in sizes)
+    if fixed > num or sum(size is None for size in sizes) > 1:
         raise InputError(f"cannot split {num} molecules into parts of {list(sizes)}")
-    sizes = [num - fixed if size in (-1, None) else size for size in sizes]
+    sizes = [num - fixed if size is None else size for size in sizes]
     order = np.random.default_rng(seed).permutation(num)
     return [order[stop - size : stop] for size, stop in zip(sizes, np.cumsum(sizes))]
 

@@ -5,8 +5,8 @@
     python finetune.py configs/probe_qm9.yaml init_from=out/qm9_small/encoder.pt   encoder frozen, one linear layer
     python finetune.py predict out/demo_forces/best.pt IN.xyz OUT.xyz             energies and forces of your molecules
 
-init_from is an encoder.pt, last.pt or step_<n>.pt of pretrain.py, or a state dict of TorchMD-NET or Coord; without it
-the encoder starts from scratch. A run writes to out_dir (default out/<name of the config>):
+init_from is an encoder.pt, last.pt or step_<n>.pt, also one of this stage, or a state dict of TorchMD-NET or Coord;
+without it the encoder starts from scratch. A run writes to out_dir (default out/<name of the config>):
 
     config.yaml     every setting, resolved; itself a valid argument
     log.jsonl       one object per logged step: losses, learning rate, molecules/s; split train or val
@@ -22,8 +22,8 @@ y' = (y - sum_i ref(z_i) - mean) / std in float64, and only y' becomes float32.
 import json
 import math
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ from data import (
     check_file,
     check_out,
     cli,
+    epoch_order,
     flaw,
     need,
     read_xyz,
@@ -58,13 +59,14 @@ from model import (
     ModelConfig,
     load_representation,
     radius_graph,
+    scatter_mean,
     scatter_sum,
     setting,
 )
 from pretrain import (
     TRAIN,
-    UNFIT,
     Log,
+    backward,
     barrier,
     build_config,
     check_compiler,
@@ -74,6 +76,7 @@ from pretrain import (
     claim_run_folder,
     compile_layers,
     enough_memory,
+    fitting,
     grad_norm,
     load_optimizer,
     named_split,
@@ -83,6 +86,7 @@ from pretrain import (
     provenance,
     run_stage,
     run_steps,
+    save_torch,
     standard_normal,
     sum_over_ranks,
     write_atomically,
@@ -178,18 +182,11 @@ class FinetuneConfig:
             raise ValueError(f"ema_decay = {self.ema_decay}: must be below 1")
         if self.lr_factor >= 1:
             raise ValueError(f"lr_factor = {self.lr_factor}: must be below 1")
-        defaults = {
-            "loss": "mse",
-            "clip_norm": 0,
-            "ema_decay": 0,
-            "head": "auto",
-            "accumulate": 1,
-            "compile": False,
-            "denoising_weight": 0.1,
-        }
-        for key, value in defaults.items() if self.freeze_encoder else ():
-            if getattr(self, key) != value:
-                raise ValueError(f"freeze_encoder = true: a linear probe has no {key}, leave it out")
+        not_of_a_probe = ("loss", "clip_norm", "ema_decay", "head", "reduce", "accumulate", "compile")
+        not_of_a_probe += ("position_noise_scale", "denoising_weight")
+        for known in fields(self) if self.freeze_encoder else ():
+            if known.name in not_of_a_probe and getattr(self, known.name) != known.default:
+                raise ValueError(f"freeze_encoder = true: a linear probe has no {known.name}, leave it out")
         if self.freeze_encoder and self.lr_schedule == "plateau":
             raise ValueError("freeze_encoder = true: the schedule of a linear probe is cosine or cosine_warmup")
 
@@ -367,8 +364,7 @@ class PropertyModel(nn.Module):
         """x (N, F), vec (N, 3, F) -> y' (B,)."""
         if self.kind != "scalar":
             return self.head(x, vec, z, pos, batch, num_molecules)
-        total = scatter_sum(self.head(x, vec), batch, num_molecules)
-        return total if self.reduce == "sum" else total / torch.bincount(batch, minlength=num_molecules)
+        return (scatter_sum if self.reduce == "sum" else scatter_mean)(self.head(x, vec), batch, num_molecules)
 
     def derivative(self, z, pos, batch, num_molecules, edge_index):
         """-> y' (B,), dy'/dpos (N, 3); with a graph of their own if the module is training."""
@@ -426,13 +422,14 @@ class Finetuning(nn.Module):
 
     def forward(self, z, pos, batch, y, forces, noise, molecules_share, atoms_share):
         """y (B,) and forces (N, 3) standardised, noise (N, 3) or None -> dict of scalar losses."""
-        config, error = self.config, mse_loss if self.config.loss == "mse" else l1_loss
+        config = self.config
+        loss_fn = mse_loss if config.loss == "mse" else l1_loss
         predicted, predicted_forces = self.model(z, pos, batch, len(y), self.forces)
-        losses = {"loss_energy" if self.forces else "loss_property": error(predicted, y) * molecules_share}
+        losses = {"loss_energy" if self.forces else "loss_property": loss_fn(predicted, y) * molecules_share}
         if self.forces:
             # L = w_E a_y L_E + w_F a_dy L_F. Upstream smooths L_E <- a L_E + (1 - a) (past L_E, without gradient):
             # the past adds a constant, so what trains the network is a L_E. With Table 13's 0.2 and 0.05, 0.01 L_E.
-            losses["loss_forces"] = error(predicted_forces, forces) * atoms_share
+            losses["loss_forces"] = loss_fn(predicted_forces, forces) * atoms_share
             total = config.energy_weight * config.ema_alpha_y * losses["loss_energy"]
             total = total + config.force_weight * config.ema_alpha_dy * losses["loss_forces"]
         else:
@@ -468,7 +465,7 @@ def read_encoder(path, model):
     """
     content = read_weights(path, "name an encoder.pt of pretrain.py, or a state dict")
     state_dict = content.get("state_dict", content)
-    try:
+    with fitting(f"no encoder can be made of {path}"):
         if "schema" in content:
             if content["schema"] != "georecon/1":
                 raise ValueError(f"its schema is {content['schema']}, not georecon/1")
@@ -481,14 +478,16 @@ def read_encoder(path, model):
             state_dict = inner or state_dict
         encoder = EquivariantTransformer(model)
         load_representation(encoder, state_dict)
-    except (InputError, *UNFIT) as error:
-        lacks = "it lacks the key " if isinstance(error, KeyError) else ""
-        raise InputError(f"no encoder can be made of {path}: {lacks}{str(error)[:400]}") from None
     return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
 
 
-def make_encoder(config):
+def make_encoder(config, checkpoint):
     """-> the encoder of init_from, or a fresh one, and the line that says which weights it has."""
+    if checkpoint and config.init_from:  # which may be another file by now: its weights are in the checkpoint
+        with fitting(f"{config.out_dir}/last.pt does not fit this code's model"):
+            own = build_config(ModelConfig, checkpoint["config"]["model"])
+        own = replace(own, vector_cutoff=own.vector_cutoff or config.model.vector_cutoff)
+        return EquivariantTransformer(own), f"encoder: of last.pt at step {checkpoint['step']:,}"
     if not config.init_from:
         with enough_memory():
             encoder = EquivariantTransformer(config.model)
@@ -510,7 +509,7 @@ def load_property_model(path):
     about = content["property"]
     kinds = {"target": str, "name": str, "unit": str, "head": str, "reduce": str, "elements": list, "val": dict}
     check_kinds(about, kinds | {"step": int}, path, "best.pt of finetune.py")
-    try:
+    with fitting(f"{path} does not fit this code's model"):
         if about["reduce"] not in ("sum", "mean"):
             raise ValueError(f"its reduce is {about['reduce']}")
         if not all(type(z) is int for z in about["elements"]) or not (about["name"] + about["unit"]).isprintable():
@@ -520,8 +519,6 @@ def load_property_model(path):
         model.load_state_dict(content["state_dict"])
         if not model.std > 0:
             raise ValueError(f"its std is {model.std.item()}")
-    except (InputError, *UNFIT) as error:
-        raise InputError(f"{path} does not fit this code's model: {' '.join(str(error).split())[:300]}") from None
     return model.eval().requires_grad_(False), about
 
 
@@ -582,7 +579,9 @@ def score(found, labels, config):
 
 
 def unit_of(name, labels):
-    return f"{labels.unit}/angstrom" if name.startswith("forces") else labels.shown
+    if name.startswith("forces"):
+        return f"{labels.unit}/angstrom"
+    return f"{labels.shown} per atom" if "per_atom" in name else labels.shown
 
 
 # ---------------------------------------------------------------- linear probe
@@ -595,15 +594,13 @@ def pooled_features(encoder, molecules, index, config, device):
     for part in np.array_split(index, math.ceil(len(index) / config.inference_batch_size)):
         arrays = molecules.read(part)
         z, pos, batch = (arrays[name].to(device) for name in ("z", "pos", "batch"))
-        x = scatter_sum(encode(encoder, z, pos, batch)[0].double(), batch, len(part))
-        if config.pooling == "mean":
-            x = x / torch.bincount(batch, minlength=len(part)).unsqueeze(1)
-        features.append(x.cpu())
+        x = encode(encoder, z, pos, batch)[0].double()
+        features.append((scatter_mean if config.pooling == "mean" else scatter_sum)(x, batch, len(part)).cpu())
     return torch.cat(features)
 
 
 def ridge(features, y, val_features, val_y):
-    """Closed-form linear regression on standardised features; the penalty that is best on validation -> w (F,)."""
+    """Closed-form linear regression on standardised features (M, F): -> w (F,), the penalty the best on validation."""
     covariance = features.T @ features / len(features)
     eye = torch.eye(len(covariance), dtype=covariance.dtype)
     solutions = [
@@ -628,8 +625,8 @@ def probe(config, encoder, molecules, parts, labels, device, log):
 
     layer = nn.Linear(features["train"].shape[1], 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=config.lr, weight_decay=0.0)
-    source, num, order = (features["train"].float(), y["train"].float()), len(y["train"]), None
-    size = min(config.batch_size, num)
+    x, target = features["train"].float(), y["train"].float()  # (M, F), (M,)
+    size, steps_per_epoch = config.batch_size, len(x) // config.batch_size
     best, key = (math.inf, None, 0), f"{labels.name}_mae"
     for step in range(config.max_steps + 1):
         w, b = layer.weight.detach().double()[0], layer.bias.detach().double()
@@ -639,12 +636,12 @@ def probe(config, encoder, molecules, parts, labels, device, log):
             best = min(best, (found, (w.clone(), b.clone()), step), key=lambda entry: entry[0])
         if step == config.max_steps:
             break
-        epoch, place = divmod(step, num // size)
+        epoch, place = divmod(step, steps_per_epoch)
         if place == 0:
-            order = torch.from_numpy(np.random.default_rng([config.seed, epoch]).permutation(num))
+            order = torch.from_numpy(epoch_order(len(x), config.seed, epoch))
         chosen = order[place * size : (place + 1) * size]
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        loss = mse_loss(layer(source[0][chosen]).squeeze(1), source[1][chosen])
+        loss = mse_loss(layer(x[chosen]).squeeze(1), target[chosen])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -669,23 +666,19 @@ def probe(config, encoder, molecules, parts, labels, device, log):
 
 def train_step(net, parts, step, labels, config, device, world):
     """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
-    share = {}
     noise = None
     if config.position_noise_scale and config.denoising_weight:
         noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3) for the global batch
-    for k, part in enumerate(parts):
+
+    def losses_of(part):
         first, num_atoms = part["first_atom"], len(part["z"])
         y = labels.standardised(part, part["index"].numpy())
         forces = (part["forces"].double() / labels.std).float() if labels.forces else None
         mine = noise[first : first + num_atoms] if noise is not None else None
         arrays = [t if t is None else t.to(device) for t in (part["z"], part["pos"], part["batch"], y, forces, mine)]
-        more_to_come = isinstance(net, DistributedDataParallel) and k < len(parts) - 1
-        with net.no_sync() if more_to_come else nullcontext():
-            losses = net(*arrays, part["num_molecules"] / config.batch_size, num_atoms / part["global_atoms"])
-            (losses["loss"] * world).backward()  # DDP divides the sum of the ranks' gradients by world
-        for name, loss in losses.items():
-            share[name] = share.get(name, 0.0) + loss.detach()
-    return share
+        return net(*arrays, part["num_molecules"] / config.batch_size, num_atoms / part["global_atoms"])
+
+    return backward(net, parts, losses_of, world)
 
 
 def describe(config, sizes, labels, encoder_line, model, device, world):
@@ -696,7 +689,7 @@ def describe(config, sizes, labels, encoder_line, model, device, world):
     yield f"{num_parameters(model):,} parameters; {config.max_steps:,} steps of {config.batch_size}; {world} x {device}"
 
 
-def final_metrics(config, val, test, labels, sizes, best_step, parameters, wall_s, data_sha256):
+def final_metrics(config, val, test, labels, sizes, best_step, parameters, wall_s):
     return {
         "test": test,
         "val": val,
@@ -708,11 +701,9 @@ def final_metrics(config, val, test, labels, sizes, best_step, parameters, wall_
         "best_step": best_step,
         "molecules": sizes,
         "init_from": config.init_from,
-        "init_sha256": sha256(config.init_from) if config.init_from else None,
         "parameters": parameters,
         "wall_s": round(wall_s, 1),
         "data": config.data,
-        "data_sha256": data_sha256,
     }
 
 
@@ -740,7 +731,7 @@ def finetune(config, device, rank, world):
     # model: seeded again for the head, so that it is the same wherever the encoder comes from
     # DEVIATION: upstream loads the property head too, which pretraining has left untrained
     torch.manual_seed(config.seed)
-    encoder, encoder_line = make_encoder(config)
+    encoder, encoder_line = make_encoder(config, checkpoint)
     config = replace(config, model=encoder.config)
     labels = Labels(config, molecules, train, encoder.config.max_z, {"val": val} | tests)
     torch.manual_seed(config.seed)
@@ -748,8 +739,8 @@ def finetune(config, device, rank, world):
     model = PropertyModel(encoder, head, config.reduce, labels.references, labels.mean, labels.std)
     net = module = Finetuning(model, config).to(device)
     if dist.is_initialized() and not config.freeze_encoder:
-        options = {"broadcast_buffers": False, "find_unused_parameters": head == "extent"}  # which takes no vectors
-        net = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+        unused = head == "extent"  # it takes no vectors
+        net = DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
     plateau = ReduceLROnPlateau(optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.lr_min)
@@ -759,10 +750,10 @@ def finetune(config, device, rank, world):
         model.compile_derivative(device) if labels.forces else compile_layers(module, device)
 
     # start or resume
-    state = {"step": 0, "wall_s": 0.0, "first_val": None, "last_val": None, "best_val": None, "best_step": 0}
+    state = {"step": 0, "wall_s": 0.0, "best_val": None, "best_step": 0, "init_sha256": None}
     if checkpoint:
         check_same_run(checkpoint, config, data_sha256)
-        try:
+        with fitting(f"{folder / 'last.pt'} does not fit this code's model"):
             module.load_state_dict(checkpoint["state_dict"])
             load_optimizer(optimizer, checkpoint["optimizer"], checkpoint["step"])
             saved = checkpoint["plateau"]
@@ -770,11 +761,11 @@ def finetune(config, device, rank, world):
             if average:
                 average.load_state_dict(checkpoint["average"])
             state = {key: checkpoint[key] for key in state}
-        except UNFIT as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
-        check_kinds(state, {"best_val": dict, "best_step": int}, folder / "last.pt", "last.pt of finetune.py")
+        kinds = {"best_val": dict, "best_step": int, "init_sha256": str if config.init_from else type(None)}
+        check_kinds(state, kinds, folder / "last.pt", "last.pt of finetune.py")
         check_best(folder, state, config)
+    elif config.init_from:
+        state["init_sha256"] = sha256(config.init_from)
     barrier()  # every rank has looked at the folder before rank 0 writes to it
     lock = claim_run_folder(config, state["step"] if checkpoint else None) if rank == 0 else None
     log = Log(folder / "log.jsonl", state["step"], config.max_steps, active=rank == 0)
@@ -787,11 +778,11 @@ def finetune(config, device, rank, world):
     def finish(val_errors, test_errors, best_step):
         if rank == 0:
             wall_s = time.perf_counter() - began
-            parameters = num_parameters(model)
-            metrics = final_metrics(
-                config, val_errors, test_errors, labels, sizes, best_step, parameters, wall_s, data_sha256
-            )
-            write_text(folder / "metrics.json", json.dumps(metrics | made_by, indent=1) + "\n")
+            # a probe trains a linear layer in place of the property head
+            parameters = encoder.config.embedding_dimension + 1 if config.freeze_encoder else num_parameters(model)
+            metrics = final_metrics(config, val_errors, test_errors, labels, sizes, best_step, parameters, wall_s)
+            metrics |= {"data_sha256": data_sha256, "init_sha256": state["init_sha256"], **made_by}
+            write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
             lock.close()
             for line in report(metrics):
                 log.say(line)
@@ -813,7 +804,7 @@ def finetune(config, device, rank, world):
             "step": step,
             "val": state["best_val"],
         }
-        write_atomically(folder / "best.pt", lambda path: torch.save(content, path))
+        save_torch(folder / "best.pt", content)
 
     def save(step):
         if rank:
@@ -824,13 +815,12 @@ def finetune(config, device, rank, world):
         content |= {"optimizer": optimizer.state_dict(), "plateau": plateau.state_dict()}
         content["average"] = average.state_dict() if average else None
         if step in config.keep_steps:
-            write_atomically(folder / f"step_{step}.pt", lambda path: torch.save(content, path))
-        write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
+            save_torch(folder / f"step_{step}.pt", content)
+        save_torch(folder / "last.pt", content)
 
     def validate(step):
         found = errors(judged, molecules, val, labels, config, device, rank, world)
         log.write({"step": step, "split": "val", **found})
-        state["first_val"], state["last_val"] = state["first_val"] or found, found
         if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
             state["best_val"], state["best_step"] = found, step
             if rank == 0:

@@ -23,11 +23,11 @@ import torch
 from data import InputError, cli, need
 from finetune import encode, read_weights, ridge
 from lipschitz import check_elements, choose, names_of, new_file, read_arguments, write_result
-from model import EquivariantTransformer, GraphPooling, Pretraining, scatter_sum, setting
+from model import EquivariantTransformer, GraphPooling, Pretraining, scatter_mean, setting
 from pretrain import (
-    UNFIT,
     PretrainConfig,
     build_config,
+    fitting,
     keep_freed_memory,
     provenance,
     validation_batches,
@@ -49,15 +49,12 @@ class GraphEmbeddingConfig:
 def load_method(path):
     """-> Pretraining of a last.pt or step_<n>.pt of pretrain.py."""
     content = read_weights(path, "name a last.pt or step_<n>.pt of pretrain.py")
-    try:
+    with fitting(f"{path} is no last.pt or step_<n>.pt of pretrain.py"):
         if content["schema"] != "georecon/1":
             raise ValueError(f"its schema is {content['schema']}")
         config = build_config(PretrainConfig, content["config"])
         method = Pretraining(EquivariantTransformer(config.model), config)
         method.load_state_dict(content["state_dict"])
-    except (InputError, *UNFIT) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is no last.pt or step_<n>.pt of pretrain.py: {reason}") from None
     return method.eval().requires_grad_(False), config
 
 
@@ -91,9 +88,12 @@ def encode_all(method, config, batches):
         z, pos, batch, num = part["z"], part["pos"], part["batch"], part["num_molecules"]
         clean.append(pooling(encode(method.encoder, z, pos, batch)[0], batch, num))
         pos_noised = pos + config.position_noise_scale * part["noise"]
-        noised.append(pooling(encode(method.encoder, z, pos_noised, batch)[0], batch, num))
+        x, vec = encode(method.encoder, z, pos_noised, batch)
+        noised.append(pooling(x, batch, num))
         pos_rec = pos + config.alpha * config.position_noise_scale * part["noise"]
-        starts.append((*encode(method.encoder, z, pos_rec, batch), pos_rec, batch, config.alpha * part["noise"]))
+        if config.alpha != 1:
+            x, vec = encode(method.encoder, z, pos_rec, batch)
+        starts.append((x, vec, pos_rec, batch, config.alpha * part["noise"]))
     return torch.cat(clean), torch.cat(noised), starts
 
 
@@ -105,8 +105,7 @@ def rec_losses(method, config, starts, graph_emb):
         num = int(batch[-1]) + 1
         g = graph_emb[first : first + num]
         predicted = method.decoder(x, vec if config.decoder_vec else None, g, pos_rec, batch)
-        error = (predicted - target).square().mean(1)  # (N,)
-        found.append(scatter_sum(error, batch, num) / torch.bincount(batch))
+        found.append(scatter_mean((predicted - target).square().mean(1), batch, num))
         first += num
     return torch.cat(found).double()
 
@@ -122,7 +121,7 @@ def use(method, config, starts, clean, sizes, formulas, rng):
             continue
         rise = (rec_losses(method, config, starts, clean[other.clip(0)]) - true)[valid] / true[valid].mean()
         found[f"rise_{name}"] = 100 * rise.mean().item()
-        found[f"rise_{name}_error"] = 100 * rise.std().item() / math.sqrt(max(len(rise), 1))
+        found[f"rise_{name}_error"] = 100 * rise.std().item() / math.sqrt(len(rise))
     blank = rec_losses(method, config, starts, clean.mean(0).expand_as(clean))
     found["rise_mean"] = 100 * (blank.mean() / true.mean() - 1).item()
     return found

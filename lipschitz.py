@@ -2,9 +2,9 @@
 
     python lipschitz.py out/a/encoder.pt out/b/encoder.pt data=data/qm9_demo.h5
 
-A checkpoint is an encoder.pt, last.pt or step_<n>.pt of pretrain.py, or whatever else init_from of finetune.py takes.
-After them come settings, key=value: data, split, num_molecules, iterations, exact,
-position_noise_scale, batch_size, seed, out_dir.
+A checkpoint is what init_from of finetune.py takes: an encoder.pt, last.pt or step_<n>.pt, or a state dict of
+TorchMD-NET or Coord, whose architecture model.key=value says. After them come settings, key=value: data, split,
+num_molecules, iterations, exact, position_noise_scale, batch_size, seed, out_dir.
 
 Local Lipschitz constant (App. B): LLC = |J P|_2, J = dh/dpos (F, 3n), P the projector onto what is no rigid motion,
 in 1/angstrom, since h has no unit. Twice beside it, free of the scale of h: LLC / |h|, and the LLC of features that are
@@ -18,20 +18,21 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import InputError, cli, split_indices
-from finetune import FinetuneConfig, elements, encode, read_encoder
-from model import radius_graph, scatter_sum, setting
+from finetune import elements, encode, read_encoder
+from model import ModelConfig, radius_graph, scatter_mean, scatter_sum, setting
 from pretrain import (
     build_config,
     keep_freed_memory,
     named_split,
     open_data,
+    override,
     provenance,
     standard_normal,
     write_atomically,
@@ -54,6 +55,7 @@ class LipschitzConfig:
     position_noise_scale: float = setting(0.0, low=0)  # angstrom; measure at geometries with this noise on them
     seed: int = setting(0, low=0)  # of directions and noise
     out_dir: str = "out/lipschitz"
+    model: ModelConfig = field(default_factory=ModelConfig)  # of a TorchMD-NET or Coord state dict; ours bring theirs
 
     def __post_init__(self):
         if not self.iterations:
@@ -66,7 +68,7 @@ class LipschitzConfig:
 def pooled(encoder, z, pos, batch, num_molecules, edge_index=None):
     """h_b = mean_i x_i: -> (B, F)."""
     x, _ = encode(encoder, z, pos, batch, edge_index)
-    return scatter_sum(x, batch, num_molecules) / torch.bincount(batch, minlength=num_molecules).unsqueeze(1)
+    return scatter_mean(x, batch, num_molecules)
 
 
 def rigid_motions(pos, batch, num_molecules):
@@ -76,7 +78,7 @@ def rigid_motions(pos, batch, num_molecules):
     linear molecule (to the digits of float32 positions), 3 for an atom.
     """
     counts = torch.bincount(batch, minlength=num_molecules)
-    r = pos - (scatter_sum(pos, batch, num_molecules) / counts.unsqueeze(1))[batch]
+    r = pos - scatter_mean(pos, batch, num_molecules)[batch]
     axes = torch.eye(3, dtype=pos.dtype, device=pos.device).expand(len(pos), 3, 3)  # (N, 3, 3): axis a is [:, a]
     turns = torch.linalg.cross(axes, r.unsqueeze(1).expand(-1, 3, -1))  # (N, a, 3)
     motions = torch.cat([axes, turns], dim=1).mT  # (N, 3, 6)
@@ -190,7 +192,7 @@ def batches(molecules, index, config, device):
         yield z, pos, batch, len(part), directions
 
 
-STEPS = tuple(round(0.01 * k, 2) for k in range(11))  # angstrom, |delta| of Fig. 2
+DISPLACEMENTS = tuple(round(0.01 * k, 2) for k in range(11))  # angstrom, |delta| of Fig. 2
 
 
 @torch.no_grad()
@@ -207,7 +209,7 @@ def constants(encoder, part, std, config):
         return {"exact": exact_norms(encoder, z, pos, batch, num, scale)}
     motions = rigid_motions(pos, batch, num)
     pos = pos.clone().requires_grad_()
-    h = pooled(encoder, z, pos, batch, num, radius_graph(pos, batch, encoder.config.cutoff_upper))
+    h = pooled(encoder, z, pos, batch, num)
     jvp, vjp = jacobian_products(h, pos)
 
     def project(v):
@@ -218,14 +220,15 @@ def constants(encoder, part, std, config):
 
 
 @torch.no_grad()
-def sensitivity(encoder, part, steps):
+def sensitivity(encoder, part, displacements):
     """Fig. 2: |h(x + delta) - h(x)| of each molecule along a random direction, rigid motions removed: -> (B, S)."""
     z, pos, batch, num, directions = part
     along = remove(rigid_motions(pos, batch, num), directions, batch, num)
     size = dots(along, along, batch, num).sqrt()
     along = along * torch.where(size > 0, 1 / size, 0)[batch].unsqueeze(1)
     start = pooled(encoder, z, pos, batch, num)
-    return torch.stack([(pooled(encoder, z, pos + s * along, batch, num) - start).norm(dim=1) for s in steps], dim=1)
+    moved = [pooled(encoder, z, pos + d * along, batch, num) for d in displacements]
+    return torch.stack([(h - start).norm(dim=1) for h in moved], dim=1)
 
 
 def last_of(by_step):
@@ -237,8 +240,9 @@ def measure(encoder, molecules, index, config, device):
     encoder = encoder.double().eval().requires_grad_(False).to(device)
     parts = list(batches(molecules, index, config, device))
     h = embed(encoder, parts)
-    std = h.std(0) if len(h) > 1 else torch.zeros_like(h[0])
-    std = torch.where(std > 1e-8 * h.abs().max(), std, torch.inf)  # channels that do not vary are left out
+    known = h[h.isfinite().all(1)]  # a molecule without an embedding does not hide how the others differ
+    std = known.std(0) if len(known) > 1 else torch.zeros_like(h[0])
+    std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # channels that vary count
     norms = [constants(encoder, part, std, config) for part in parts]
     norms = {step: torch.cat([part[step] for part in norms]) for step in norms[0]}  # (M, 2)
     last = last_of(norms)
@@ -247,7 +251,7 @@ def measure(encoder, molecules, index, config, device):
         "llc_by_norm": (last[:, 0] / h.norm(dim=1)).tolist(),
         "llc_standardised": last[:, 1].tolist(),
         "norm": h.norm(dim=1).tolist(),
-        "sensitivity": torch.cat([sensitivity(encoder, part, STEPS) for part in parts]).tolist(),
+        "sensitivity": torch.cat([sensitivity(encoder, part, DISPLACEMENTS) for part in parts]).tolist(),
     }
 
 
@@ -264,6 +268,12 @@ def quantiles(found):
     return {"median": median, "p95": p95, "max": finite[-1], "not_finite": len(values) - len(finite)}
 
 
+def mean_curve(found):
+    """Of Fig. 2, over the molecules that have one: (S,)."""
+    curves = np.array(found["sensitivity"])  # (M, S)
+    return curves[np.isfinite(curves).all(1)].mean(0)
+
+
 def summarise(found):
     """The figures of one encoder: of each kind of LLC median, p95, max, and the mean curve of Fig. 2."""
     kinds = {"llc_by_norm": found["llc_by_norm"], "llc_standardised": found["llc_standardised"], "norm": found["norm"]}
@@ -271,7 +281,7 @@ def summarise(found):
     return {
         "llc": quantiles(last_of(found["llc"])),
         **{name: quantiles(values) for name, values in kinds.items()},
-        "sensitivity": np.mean(found["sensitivity"], axis=0).tolist(),
+        "sensitivity": mean_curve(found).tolist(),
     }
 
 
@@ -301,9 +311,8 @@ def draw(results, folder):
         style = {"ls": lines[k % 4], "color": greys[k // 4 % 3]}
         values = np.sort(last_of(found["llc"]))
         left.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=name, **style)
-        curves = np.array(found["sensitivity"])  # (M, S)
-        right.plot(STEPS, curves.mean(0), lw=2, **style)
-        right.plot(STEPS, curves[0], lw=0.7, **style)
+        right.plot(DISPLACEMENTS, mean_curve(found), lw=2, **style)
+        right.plot(DISPLACEMENTS, found["sensitivity"][0], lw=0.7, **style)
     left.set(xlabel="LLC, 1/angstrom", ylabel="share of molecules below")
     right.set(xlabel="|delta|, angstrom", ylabel="|h(x + delta) - h(x)|", title="mean (thick), one molecule (thin)")
     limits = [v for found in results.values() for v in last_of(found["llc"]) if v > 0]
@@ -323,7 +332,7 @@ def read_arguments(kind, arguments, usage):
         print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
     paths = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
-    return paths, build_config(kind, dict(a.split("=", 1) for a in arguments if a not in paths))
+    return paths, build_config(kind, override({}, [argument for argument in arguments if argument not in paths]))
 
 
 def choose(config):
@@ -382,14 +391,14 @@ def main(arguments):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_by, began = provenance(device, 1), time.perf_counter()
     molecules, index = choose(config)
-    encoders = [read_encoder(path, FinetuneConfig().model)[0] for path in paths]
+    encoders = [read_encoder(path, config.model)[0] for path in paths]
     check_elements(molecules, index, encoders)
     found = {
         name: measure(encoder, molecules, index, config, device) for name, encoder in zip(names, encoders, strict=True)
     }
     print("\n".join(table(found)))
     result = {"summary": {name: summarise(one) for name, one in found.items()}, "checkpoints": found}
-    result |= {"molecules": index.tolist(), "displacements": STEPS, "settings": asdict(config)}
+    result |= {"molecules": index.tolist(), "displacements": DISPLACEMENTS, "settings": asdict(config)}
     write_result(path, result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
     draw(found, path.parent)
     print(f"{time.perf_counter() - began:.0f} s; wrote {path}")

@@ -39,6 +39,12 @@ def scatter_sum(src, index, size):
     return src.new_zeros(size, *src.shape[1:]).index_add_(0, index, src)
 
 
+def scatter_mean(src, index, size):
+    """Mean of the rows of src (E, ...) that share an index (E,) -> (size, ...)."""
+    count = scatter_sum(src.new_ones(len(src), *[1] * (src.ndim - 1)), index, size)  # (size, 1, ...)
+    return scatter_sum(src, index, size) / count
+
+
 @torch.no_grad()
 def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
     """Every pair of atoms of one molecule closer than cutoff, once: pos (N, 3), batch (N,) -> edge_index (2, P).
@@ -488,17 +494,19 @@ class EquivariantVectorOutput(EquivariantHead):
 
 
 # standard atomic weights, u, by atomic number; 0 stands for no element
-ATOMIC_MASSES = """1 1.008 4.0026 6.94 9.01218 10.81 12.011 14.007 15.999 18.9984 20.1797 22.9898 24.305 26.9815 28.085
-30.9738 32.06 35.45 39.948 39.0983 40.078 44.9559 47.867 50.9415 51.9961 54.938 55.845 58.9332 58.6934 63.546 65.38
-69.723 72.63 74.9216 78.971 79.904 83.798 85.4678 87.62 88.9058 91.224 92.9064 95.95 97.9072 101.07 102.906 106.42
-107.868 112.414 114.818 118.71 121.76 127.6 126.904 131.293 132.905 137.327 138.905 140.116 140.908 144.242 144.913
-150.36 151.964 157.25 158.925 162.5 164.93 167.259 168.934 173.054 174.967 178.49 180.948 183.84 186.207 190.23 192.217
-195.084 196.967 200.592 204.38 207.2 208.98 208.982 209.987 222.018 223.02 226.025 227.028 232.038 231.036 238.029"""
+STANDARD_WEIGHTS = """
+1 1.008 4.0026 6.94 9.01218 10.81 12.011 14.007 15.999 18.9984 20.1797 22.9898 24.305 26.9815 28.085 30.9738 32.06
+35.45 39.948 39.0983 40.078 44.9559 47.867 50.9415 51.9961 54.938 55.845 58.9332 58.6934 63.546 65.38 69.723 72.63
+74.9216 78.971 79.904 83.798 85.4678 87.62 88.9058 91.224 92.9064 95.95 97.9072 101.07 102.906 106.42 107.868 112.414
+114.818 118.71 121.76 127.6 126.904 131.293 132.905 137.327 138.905 140.116 140.908 144.242 144.913 150.36 151.964
+157.25 158.925 162.5 164.93 167.259 168.934 173.054 174.967 178.49 180.948 183.84 186.207 190.23 192.217 195.084
+196.967 200.592 204.38 207.2 208.98 208.982 209.987 222.018 223.02 226.025 227.028 232.038 231.036 238.029"""
+ATOMIC_MASSES = tuple(map(float, STANDARD_WEIGHTS.split()))
 
 
 def centred(z, pos, batch, num_molecules):
     """Positions from the centre of mass of each molecule: (N,), (N, 3), (N,) -> (N, 3)."""
-    masses = pos.new_tensor([float(mass) for mass in ATOMIC_MASSES.split()])
+    masses = pos.new_tensor(ATOMIC_MASSES)  # (93,)
     mass = masses[z.clamp(max=len(masses) - 1)].unsqueeze(1)  # (N, 1); beyond uranium all weigh alike
     centre = scatter_sum(mass * pos, batch, num_molecules) / scatter_sum(mass, batch, num_molecules)  # (B, 3)
     return pos - centre.index_select(0, batch)
@@ -540,15 +548,12 @@ class GraphPooling(nn.Module):
         self.score = Linear(channels, 1) if kind == "attention" else None
 
     def forward(self, x, batch, num_molecules):
-        if self.kind == "sum":
-            return scatter_sum(x, batch, num_molecules)
-        if self.kind == "mean":
-            weight = torch.ones_like(x[:, :1])  # (N, 1)
-        else:
-            score = self.score(x)  # (N, 1)
-            lowest = torch.full_like(score[:num_molecules], -torch.inf)  # (B, 1)
-            highest = lowest.scatter_reduce(0, batch.unsqueeze(1), score.detach(), "amax")
-            weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
+        if self.kind != "attention":
+            return (scatter_sum if self.kind == "sum" else scatter_mean)(x, batch, num_molecules)
+        score = self.score(x)  # (N, 1)
+        lowest = score.new_full((num_molecules, 1), -torch.inf)
+        highest = lowest.scatter_reduce(0, batch.unsqueeze(1), score.detach(), "amax")  # (B, 1)
+        weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
         total = scatter_sum(weight, batch, num_molecules)  # (B, 1)
         return scatter_sum(weight * x, batch, num_molecules) / total
 
@@ -595,7 +600,7 @@ class Pretraining(nn.Module):
     def forward(self, z, pos, batch, noise, num_molecules, shuffle=False):
         """noise (N, 3) = eps / sigma, standard normal -> dict of scalar losses; `loss` is the weighted total.
 
-        With shuffle, also `loss_rec_shuffled`: the decoder sees the graph embedding of the next molecule in the batch.
+        With shuffle, also `loss_rec_shuffled`: the decoder sees the previous molecule's graph embedding.
         """
         config, N = self.config, len(z)
         # Sec. 4.1: "The injected noise is shared across these variants."
@@ -625,9 +630,8 @@ class Pretraining(nn.Module):
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         if not config.decoder_graph_emb:  # a control: all of GeoRecon but what the clean molecule tells the decoder
             graph_emb = 0 * graph_emb  # no new zeros: attention's score is to have a gradient, of zero
-        x_rec, vec_rec = x[-N:] if len(variants) == 3 else x[:N], vec[-N:] if len(variants) == 3 else vec[:N]
-        if not config.decoder_vec:
-            vec_rec = None
+        rec = slice(N) if config.alpha == 1 else slice(2 * N, None)
+        x_rec, vec_rec = x[rec], vec[rec] if config.decoder_vec else None
         losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
         if shuffle:
             other = self.decoder(x_rec, vec_rec, graph_emb.roll(1, 0), pos_rec, batch)

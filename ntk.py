@@ -7,6 +7,7 @@ compares the network at each step_<n>.pt, on molecules of data, with its lineari
 checkpoints come settings, key=value: data, split, num_molecules, out_dir (default out/ntk, for ntk.json).
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 
@@ -14,10 +15,10 @@ import torch
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from data import InputError, cli
-from finetune import HEADS, TARGETS, FinetuneConfig, PropertyModel, read_encoder, read_weights
+from finetune import TARGETS, FinetuneConfig, PropertyModel, Target, read_weights
 from lipschitz import check_elements, choose, new_file, read_arguments, write_result
-from model import setting
-from pretrain import FREE_TO_CHANGE, UNFIT, build_config, check_kinds, flatten, keep_freed_memory, provenance
+from model import EquivariantTransformer, setting
+from pretrain import FREE_TO_CHANGE, build_config, check_kinds, fitting, flatten, keep_freed_memory, provenance
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,15 @@ def load_step(path):
     content = read_weights(path, "name step_<n>.pt of a run of finetune.py with keep_steps=")
     what = "step_<n>.pt of finetune.py"
     check_kinds(content, {"config": dict, "step": int, "data_sha256": str, "state_dict": dict}, path, what)
-    try:
+    with fitting(f"{path} is no {what}"):
         config = build_config(FinetuneConfig, content["config"])
-        encoder, _ = read_encoder(path, config.model)
-        head = TARGETS[config.target].head if config.head == "auto" and config.target in TARGETS else config.head
-        head = head if head in HEADS else "scalar"
-        model = PropertyModel(encoder, head, config.reduce, [0.0] * encoder.config.max_z)
+        head = TARGETS.get(config.target, Target()).head if config.head == "auto" else config.head
+        encoder = EquivariantTransformer(config.model)
+        model = PropertyModel(encoder, head, config.reduce, [0.0] * config.model.max_z)
         weights = {
             key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")
         }
         model.load_state_dict(weights)
-    except (InputError, *UNFIT) as error:
-        raise InputError(f"{path} is no {what}: {' '.join(str(error).split())[:200]}") from None
     run = {key: value for key, value in flatten(content["config"]).items() if key not in FREE_TO_CHANGE}
     return model.double(), config, content["step"], run | {"data_sha256": content["data_sha256"]}
 
@@ -111,7 +109,8 @@ def table(rows):
     """Means over bins of a hundred steps, as in Table 8; over thirds of a shorter run."""
     steps, names = list(rows), list(next(iter(rows.values())))
     yield f"{'steps':<12}" + "".join(f"{name:>20}" for name in names)
-    width = 100 if steps[-1] - steps[0] >= 100 else max(1, (steps[-1] - steps[0]) // 3)
+    span = steps[-1] - steps[0]
+    width = 100 if span >= 100 else math.ceil(span / 3)
     for start in range(steps[0], steps[-1], width):
         inside = [row for step, row in rows.items() if start < step <= start + width]
         if inside:

@@ -190,13 +190,9 @@ def build_config(kind, settings, prefix=""):
         raise InputError(str(error), code=2) from None
 
 
-def load_config(kind, arguments, usage):
-    """`CONFIG.yaml [key=value ...]` -> the dataclass kind. A key inside `model:` is written model.key=value."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
-        raise SystemExit(0 if arguments else 2)
-    settings = read_yaml(arguments[0])
-    for argument in arguments[1:]:
+def override(settings, arguments):
+    """Settings by name with key=value of the command line; a key inside `model:` is written model.key=value."""
+    for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             raise InputError(f"argument {argument!r}: settings are written key=value", code=2)
@@ -205,6 +201,15 @@ def load_config(kind, arguments, usage):
         if not isinstance(target, dict):
             raise InputError(f"{section} = {target!r}: must be a mapping of lines `key: value`", code=2)
         target[inner] = value
+    return settings
+
+
+def load_config(kind, arguments, usage):
+    """`CONFIG.yaml [key=value ...]` -> the dataclass kind."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    settings = override(read_yaml(arguments[0]), arguments[1:])
     config, home = build_config(kind, settings), Path(arguments[0]).parent
     config = config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
     if config.resume and (home / "last.pt").exists() and home.resolve() != Path(config.out_dir).resolve():
@@ -414,9 +419,7 @@ def check_kinds(content, kinds, path, what):
             raise InputError(f"{path} is no {what}: its {key} is missing or of another kind")
 
 
-FIGURES = (dict, type(None))
 CHECKPOINT = {"config": dict, "data_sha256": str, "step": int, "wall_s": float, "state_dict": dict, "optimizer": dict}
-CHECKPOINT |= {"first_val": FIGURES, "last_val": FIGURES}
 
 
 def load_checkpoint(path):
@@ -429,8 +432,10 @@ def load_checkpoint(path):
     what = "checkpoint of a georecon/1 run"
     check_kinds(checkpoint, CHECKPOINT, path, what)
     check_kinds(checkpoint["config"], {"model": dict}, path, what)
-    figures = {"wall_s": checkpoint["wall_s"], **(checkpoint["first_val"] or {}), **(checkpoint["last_val"] or {})}
-    right = all(isinstance(v, float) and math.isfinite(v) for v in figures.values()) and checkpoint["step"] >= 0
+    kept = (checkpoint.get(name) for name in ("first_val", "last_val", "best_val"))
+    errors = [found for found in kept if isinstance(found, dict)]
+    figures = [checkpoint["wall_s"], *(value for found in errors for value in found.values())]
+    right = all(isinstance(v, float) and math.isfinite(v) for v in figures) and checkpoint["step"] >= 0
     if checkpoint.get("schema") != "georecon/1" or not right:
         raise InputError(f"{path} is no {what}")
     check_weights(checkpoint["state_dict"], path)
@@ -456,7 +461,18 @@ def load_optimizer(optimizer, saved, step):
     optimizer.load_state_dict({"state": saved["state"], "param_groups": [own]})
 
 
-UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)  # what a wrong checkpoint makes torch raise
+@contextmanager
+def fitting(what):
+    """What a wrong checkpoint makes torch raise: as an InputError `<what>: <reason>`."""
+    try:
+        yield
+    except (InputError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        lacks = "it lacks the key " if isinstance(error, KeyError) else ""
+        raise InputError(f"{what}: {lacks}{' '.join(str(error).split())[:400]}") from None
+
+
+def save_torch(path, content):
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 # what may differ between a run and its resumption: where files lie, how often things are written, how work is cut up
@@ -546,22 +562,32 @@ def evaluate(net, batches, device, config, rank, world):
     return dict(zip(losses, (total[:-1] / total[-1]).tolist(), strict=True))
 
 
-def train_step(net, parts, step, device, config, world):
-    """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
+def backward(net, parts, losses_of, world):
+    """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name.
+
+    losses_of(part): by name, that part's share of the means over the global batch, whatever the ranks' shares are.
+    """
     share = {}
-    noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3) for the global batch
     for k, part in enumerate(parts):
-        first, num_atoms = part["first_atom"], len(part["z"])
-        # A mean over the atoms of the global batch, whatever the ranks' shares: weigh each part by its atoms. DDP
-        # divides the sum of the ranks' gradients by world.
-        weight = num_atoms / part["global_atoms"]
         more_to_come = isinstance(net, DistributedDataParallel) and k < len(parts) - 1
         with net.no_sync() if more_to_come else nullcontext():
-            losses = run_losses(net, part, noise[first : first + num_atoms], device, config)
-            (losses["loss"] * (weight * world)).backward()
+            losses = losses_of(part)
+            (losses["loss"] * world).backward()  # DDP divides the sum of the ranks' gradients by world
         for name, loss in losses.items():
-            share[name] = share.get(name, 0.0) + loss.detach() * weight
+            share[name] = share.get(name, 0.0) + loss.detach()
     return share
+
+
+def train_step(net, parts, step, device, config, world):
+    """Forward and backward over this rank's parts of the global batch -> its share of the mean losses, by name."""
+    noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3) for the global batch
+
+    def losses_of(part):
+        first, num_atoms = part["first_atom"], len(part["z"])
+        losses = run_losses(net, part, noise[first : first + num_atoms], device, config)
+        return {name: loss * (num_atoms / part["global_atoms"]) for name, loss in losses.items()}
+
+    return backward(net, parts, losses_of, world)
 
 
 def grad_norm(parameters):
@@ -811,12 +837,11 @@ def pretrain(config, device, rank, world):
     start, elapsed, first_val, last_val = 0, 0.0, None, None
     if checkpoint:
         check_same_run(checkpoint, config, data_sha256)
-        try:
+        with fitting(f"{folder / 'last.pt'} does not fit this code's model"):
             model.load_state_dict(checkpoint["state_dict"])
             load_optimizer(optimizer, checkpoint["optimizer"], checkpoint["step"])
-        except UNFIT as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{folder / 'last.pt'} does not fit this code's model: {reason}") from None
+        figures = dict.fromkeys(("first_val", "last_val"), (dict, type(None)))
+        check_kinds(checkpoint, figures, folder / "last.pt", "last.pt of pretrain.py")
         start, elapsed = checkpoint["step"], checkpoint["wall_s"]
         first_val, last_val = checkpoint["first_val"], checkpoint["last_val"]
     barrier()  # every rank has looked at the folder before rank 0 writes to it
@@ -843,10 +868,10 @@ def pretrain(config, device, rank, world):
                 "optimizer": optimizer.state_dict(),
             }
             # last.pt comes last: killed in between, the run goes on from the step before and writes the others again
-            write_atomically(folder / "encoder.pt", lambda path: torch.save(save_encoder(model.encoder), path))
+            save_torch(folder / "encoder.pt", save_encoder(model.encoder))
             if step in config.keep_steps:
-                write_atomically(folder / f"step_{step}.pt", lambda path: torch.save(content, path))
-            write_atomically(folder / "last.pt", lambda path: torch.save(content, path))
+                save_torch(folder / f"step_{step}.pt", content)
+            save_torch(folder / "last.pt", content)
 
     def validate(step):
         nonlocal first_val, last_val

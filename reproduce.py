@@ -201,16 +201,16 @@ def execute(study, run, threads):
         return
     out = folder(study, run)
     out.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["resume=true"] if (out / "config.yaml").exists() else []
-    todo = [([*STUDIES[study][run], f"out_dir=out/{study}/{run}", *resume], f"out/{study}/{run}/metrics.json")]
+    todo = [([*STUDIES[study][run], f"out_dir=out/{study}/{run}"], f"out/{study}/{run}/metrics.json")]
     todo += [(command, file) for command, file, _ in analyses(study, run).values()]
     with open(out.parent / f"{run}.txt", "a") as said:
         for command, file in todo:
             if (ROOT / file).exists():
                 continue
+            resume = ["resume=true"] if (ROOT / file).with_name("config.yaml").exists() else []
             options = {"cwd": ROOT, "env": {"OMP_NUM_THREADS": str(threads), **os.environ}}
             code = subprocess.run(
-                [sys.executable, *command], stdout=said, stderr=subprocess.STDOUT, **options
+                [sys.executable, *command, *resume], stdout=said, stderr=subprocess.STDOUT, **options
             ).returncode
             if code:
                 print(f"{study}/{run}: {command[0]} failed with exit code {code}, see {said.name}", flush=True)

@@ -693,11 +693,11 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
 
 
 def test_split_indices():
-    parts = split_indices(130_831, [110_000, 10_000, -1])
+    parts = split_indices(130_831, [110_000, 10_000, None])
     assert [len(part) for part in parts] == [110_000, 10_000, 10_831]
     assert np.array_equal(np.concatenate(parts), np.random.default_rng(1).permutation(130_831))
     assert [len(part) for part in split_indices(10, [3, None, 2], seed=5)] == [3, 5, 2]
-    for sizes in ([8, 5], [-1, None]):
+    for sizes in ([8, 5], [None, None]):
         with pytest.raises(InputError):
             split_indices(10, sizes)
 

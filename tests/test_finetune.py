@@ -17,7 +17,7 @@ import yaml
 
 import finetune
 import pretrain
-from data import InputError, Molecules
+from data import InputError, Molecules, sha256
 from finetune import FinetuneConfig, Finetuning, Labels, PropertyModel, learning_rate, load_property_model, split_data
 from model import EquivariantTransformer, ModelConfig, load_encoder
 from pretrain import load_config
@@ -461,6 +461,19 @@ def test_init_from_takes_the_encoder_and_the_head_is_the_seeds(encoders, capsys)
     assert same_bits("out/again/best.pt", "out/0/best.pt") and same_bits("out/again2/best.pt", "out/0/best.pt")
 
 
+def test_resuming_does_not_read_init_from_again(encoders):
+    """It may be another file by then: the encoder is in last.pt, and metrics.json names the one that was read."""
+    settings = ["init_from=encoder.pt", "ema_decay=0.5"]
+    for out in ("whole", "parts"):
+        Path("encoder.pt").write_bytes(Path("out/first/encoder.pt").read_bytes())
+        start("gap", *settings, f"max_steps={4 if out == 'whole' else 2}", out=f"out/{out}")
+        Path("encoder.pt").unlink()
+    start("gap", *settings, "max_steps=4", "resume=true", out="out/parts")
+    whole, parts = (json.loads(Path(f"out/{out}/metrics.json").read_text()) for out in ("whole", "parts"))
+    assert same_bits("out/whole/last.pt", "out/parts/last.pt") and whole["test"] == parts["test"]
+    assert whole["init_sha256"] == parts["init_sha256"] == sha256("out/first/encoder.pt")
+
+
 def test_weights_that_cannot_be_loaded_are_one_line(encoders):
     fails(["gap.yaml", "init_from=theirs.pt", "model.num_layers=3"], "not of this encoder")
     fails(["gap.yaml", "init_from=theirs.pt", "model.embedding_dimension=32"], "not of this encoder")
@@ -498,8 +511,8 @@ def test_mu_and_r2_have_heads_of_their_own(tiny, target, head):
 def test_the_probe_trains_one_linear_layer(tiny, monkeypatch):
     seen, make = [], finetune.make_encoder
 
-    def keep(config):
-        encoder, line = make(config)
+    def keep(*arguments):
+        encoder, line = make(*arguments)
         seen.append((encoder, {key: value.clone() for key, value in encoder.state_dict().items()}))
         return encoder, line
 

@@ -150,6 +150,14 @@ def test_molecules_that_do_not_differ_and_numbers_that_are_none():
     whole = constants(encoder(), (z, pos, batch, num, directions), torch.ones(16).double(), CONFIG)[25][:, 0]
     assert found[1].isnan() and found[0] == pytest.approx(whole[0].item())
     assert lipschitz.quantiles(found.tolist())["not_finite"] == 1
+    without = encoder()
+    without.embedding.weight[7] = torch.nan  # nitrogen
+    index = spread(8)
+    found = measure(without, Molecules(QM9), index, replace(CONFIG, iterations=(5,)), "cpu")
+    standardised = np.array(found["llc_standardised"])
+    has_none = np.isnan(standardised)
+    assert 0 < has_none.sum() < 8 and (standardised[~has_none] > 0).all()
+    assert np.isfinite(lipschitz.summarise(found)["sensitivity"]).all()
 
 
 def test_figures_do_not_depend_on_the_batch_and_know_the_scale():
@@ -166,7 +174,7 @@ def test_figures_do_not_depend_on_the_batch_and_know_the_scale():
     for name in ("llc_by_norm", "llc_standardised"):
         assert np.allclose(found[name], one[name]), name
     # Fig. 2 starts as the Jacobian says it must: no direction is steeper than the LLC
-    first = np.array(one["sensitivity"])[:, 1] / lipschitz.STEPS[1]
+    first = np.array(one["sensitivity"])[:, 1] / lipschitz.DISPLACEMENTS[1]
     assert (first <= 1.02 * np.array(one["llc"]["15"])).all() and (first > 0).all()
 
 
@@ -262,6 +270,17 @@ def test_table_1_and_figure_2(runs, tmp_path, capsys):
         assert (tmp_path / f"a/lipschitz.{kind}").stat().st_size > 5000
     with pytest.raises(InputError, match="exists"):
         lipschitz.main([*names, f"out_dir={tmp_path}/a"])
+
+
+def test_the_architecture_of_a_bare_state_dict_is_said(runs, tmp_path):
+    content = torch.load(runs / "georecon/encoder.pt", weights_only=True)
+    torch.save({f"representation_model.{k}": v for k, v in content["state_dict"].items()}, tmp_path / "theirs.pt")
+    paths, few = [str(tmp_path / "theirs.pt"), str(runs / "georecon/encoder.pt")], [f"data={QM9}", "num_molecules=2"]
+    lipschitz.main([*paths, *few, f"out_dir={tmp_path}", *(f"model.{key}={value}" for key, value in SMALL.items())])
+    theirs, ours = json.loads((tmp_path / "lipschitz.json").read_text())["checkpoints"].values()
+    assert theirs == ours
+    with pytest.raises(InputError, match="not of this encoder"):
+        lipschitz.main([*paths, *few, f"out_dir={tmp_path}/other"])
 
 
 def test_geometries_may_be_noised(runs, tmp_path):
