@@ -345,7 +345,7 @@ def run_alone(workload, contender, allocator, config):
 # ---------------------------------------------------------------- cases
 
 
-def compare(workload, reference, config, rates, settings):
+def compare(workload, reference, config, rates):
     """The contenders of a workload in turns, beside the reference if it is there -> rows."""
     device = torch.device(config.device)
     work = WORKLOADS[workload](config)
@@ -364,12 +364,12 @@ def compare(workload, reference, config, rates, settings):
 
 def encoder(config, rates, settings):
     for file in ("small", "larger") if config.larger else ("small",):
-        yield from compare(f"encoder, {file}, forward", "peer", config, rates, settings)
+        yield from compare(f"encoder, {file}, forward", "peer", config, rates)
         workload = f"encoder, {file}, step"
         measured = ["ours", "compiled", "in 4 parts", *(["peer"] if peer_is_installed() else [])]
         apart = {name: alone(workload, name, "ours", settings, 1) for name in measured}
         installed = peer_is_installed() and alone(workload, "peer", "default", settings, config.rounds)
-        for row in compare(workload, "peer", config, rates, settings):
+        for row in compare(workload, "peer", config, rates):
             if row["contender"] in apart:
                 row["mib"] = apart[row["contender"]]["mib"]
             if installed:
@@ -380,16 +380,16 @@ def encoder(config, rates, settings):
 
 
 def pretrain(config, rates, settings):
-    yield from compare("pretrain", "coord", config, rates, settings)
+    yield from compare("pretrain", "coord", config, rates)
 
 
 def forces(config, rates, settings):
     for frames in (4, 32):
-        yield from compare(f"forces, {frames} frames", "peer", config, rates, settings)
+        yield from compare(f"forces, {frames} frames", "peer", config, rates)
 
 
 def md(config, rates, settings):
-    yield from compare("md, 1 frame", "peer", replace(config, rounds=10 * config.rounds), rates, settings)
+    yield from compare("md, 1 frame", "peer", replace(config, rounds=10 * config.rounds), rates)
 
 
 def loader(config, rates, settings):

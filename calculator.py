@@ -5,7 +5,8 @@
 
     python calculator.py best.pt START.xyz OUT.png [ps=2] [temperature=300]
 
-relaxes the first molecule of START.xyz, runs it for ps at constant energy from temperature (K), reports and draws the drift of the total energy.
+relaxes the first molecule of START.xyz, heats it to temperature (K), runs it at constant energy for ps, reports and
+draws the drift of the total energy.
 """
 
 import sys

@@ -22,7 +22,6 @@ y' = (y - sum_i ref(z_i) - mean) / std in float64, and only y' becomes float32.
 import json
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +70,7 @@ from pretrain import (
     build_config,
     check_compiler,
     check_kinds,
+    check_max_z,
     check_same_run,
     check_weights,
     claim_run_folder,
@@ -79,6 +79,7 @@ from pretrain import (
     fitting,
     grad_norm,
     load_optimizer,
+    name_of,
     named_split,
     num_parameters,
     open_data,
@@ -89,6 +90,7 @@ from pretrain import (
     save_torch,
     standard_normal,
     sum_over_ranks,
+    too_many_neighbors,
     write_atomically,
     write_text,
 )
@@ -248,10 +250,7 @@ def composition(molecules, index, max_z, forces=False):
     counts = np.zeros((len(index), max_z))
     for start in range(0, len(index), 10_000):
         part = molecules.read(index[start : start + 10_000], forces)
-        if (highest := int(part["z"].max())) >= max_z:
-            raise InputError(
-                f"{molecules.path} holds atomic number {highest}, model.max_z = {max_z}: set it above {highest}"
-            )
+        check_max_z(part["z"], max_z, molecules.path)
         np.add.at(counts, (start + part["batch"].numpy(), part["z"].numpy()), 1)
     return counts
 
@@ -328,22 +327,13 @@ class Labels:
 # ---------------------------------------------------------------- model
 
 
-@contextmanager
-def complaints():
-    """More neighbours than model.max_num_neighbors: as an InputError."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def encode(encoder, z, pos, batch, edge_index=None):
-    with complaints():
+    with too_many_neighbors():
         return encoder(z, pos, batch, edge_index)
 
 
 def pairs(encoder, pos, batch, multiple):
-    with complaints():
+    with too_many_neighbors():
         return radius_graph(pos, batch, encoder.config.cutoff_upper, encoder.config.max_num_neighbors, multiple)
 
 
@@ -686,7 +676,8 @@ def describe(config, sizes, labels, encoder_line, model, device, world):
     yield f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}"
     yield f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit} after atom references{labels.remark}"
     yield encoder_line
-    yield f"{num_parameters(model):,} parameters; {config.max_steps:,} steps of {config.batch_size}; {world} x {device}"
+    yield f"{num_parameters(model):,} parameters"
+    yield f"{world} x {name_of(device)}; {config.max_steps:,} steps of {config.batch_size} molecules"
 
 
 def final_metrics(config, val, test, labels, sizes, best_step, parameters, wall_s):

@@ -31,10 +31,10 @@ from pretrain import (
     build_config,
     keep_freed_memory,
     named_split,
+    normal_of_each,
     open_data,
     override,
     provenance,
-    standard_normal,
     write_atomically,
     write_text,
 )
@@ -127,22 +127,22 @@ def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
     """
     num, found, norm, basis, images = int(batch[-1]) + 1, {}, 0.0, [], []
     for step in range(1, max(iterations) + 1):
-        v = before = project(v)
+        v = raw = project(v)
         for _ in range(2):  # once more, for what rounding left over
             for w in basis:
                 v = v - w * dots(v, w, batch, num)[batch].unsqueeze(1)
         size = dots(v, v, batch, num).sqrt()
         # nothing is left when the span is the whole space, as for the 3 directions of a triatomic molecule
-        new = size > 1e-10 * dots(before, before, batch, num).sqrt()
+        new = size > 1e-10 * dots(raw, raw, batch, num).sqrt()
         v = v * torch.where(new, 1 / size, 0)[batch].unsqueeze(1)
         basis.append(v)
         images.append(jvp(v) / scale)  # (B, F)
         image = torch.stack(images, dim=2)  # (B, F, step)
         finite = image.isfinite().all(2).all(1)
-        before, norm = norm, torch.linalg.matrix_norm(image.nan_to_num(0, 0, 0), 2)  # (B,)
+        previous, norm = norm, torch.linalg.matrix_norm(image.nan_to_num(0, 0, 0), 2)  # (B,)
         norm = torch.where(finite, norm, torch.nan)
         found |= {later: norm for later in iterations if later >= step}
-        if (norm - before <= 1e-10 * norm).all():
+        if (norm - previous <= 1e-10 * norm).all():
             break
         v = vjp(images[-1] / scale)
     return {later: found[later] for later in sorted(iterations)}
@@ -173,12 +173,6 @@ def exact_norms(encoder, z, pos, batch, num_molecules, scale):
 # ---------------------------------------------------------------- one encoder
 
 
-def draw_for_each(molecules, index, *key):
-    """Standard normal numbers (N, 3) that depend on the key and the molecule alone, not on the batch."""
-    ptr = molecules.ptr
-    return torch.cat([standard_normal((int(ptr[m + 1] - ptr[m]), 3), *key, int(m)) for m in index]).double()
-
-
 DIRECTION, NOISE = 1, 2  # first number of a key
 
 
@@ -186,7 +180,7 @@ def batches(molecules, index, config, device):
     """Batches of the molecules index in float64: z, pos, batch, num_molecules, directions."""
     for part in np.array_split(index, math.ceil(len(index) / config.batch_size)):
         arrays = molecules.read(part)
-        directions, noise = (draw_for_each(molecules, part, kind, config.seed) for kind in (DIRECTION, NOISE))
+        directions, noise = (normal_of_each(molecules, part, kind, config.seed).double() for kind in (DIRECTION, NOISE))
         pos = arrays["pos"].double() + config.position_noise_scale * noise
         z, pos, batch, directions = (t.to(device) for t in (arrays["z"], pos, arrays["batch"], directions))
         yield z, pos, batch, len(part), directions

@@ -523,29 +523,43 @@ def standard_normal(shape, *key):
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
 
 
+def normal_of_each(molecules, index, *key):
+    """Standard normal numbers (N, 3) for the molecules index; each one's depend on the key and on it alone."""
+    sizes = np.diff(molecules.ptr)
+    return torch.cat([standard_normal((int(sizes[m]), 3), *key, int(m)) for m in index])
+
+
 def validation_batches(molecules, index, size):
     """The validation molecules in batches, each molecule with a noise of its own that no setting changes."""
     batches = []
     for part in np.array_split(index, math.ceil(len(index) / size)):  # in random order: neighbours in a file are alike
-        noise = [standard_normal((int(molecules.ptr[m + 1] - molecules.ptr[m]), 3), VAL, int(m)) for m in part]
-        batches.append({**molecules.read(part), "noise": torch.cat(noise), "num_molecules": len(part)})
+        noise = normal_of_each(molecules, part, VAL)
+        batches.append({**molecules.read(part), "noise": noise, "num_molecules": len(part)})
     return batches
+
+
+def check_max_z(z, max_z, path):
+    if (highest := int(z.max())) >= max_z:
+        raise InputError(f"{path} holds atomic number {highest}, model.max_z = {max_z}: set it above {highest}")
+
+
+@contextmanager
+def too_many_neighbors():
+    """More of them than model.max_num_neighbors: as an InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def run_losses(net, part, noise, device, config, shuffle=False):
     """Losses of one part of a batch, by name."""
-    if (highest := int(part["z"].max())) >= config.model.max_z:
-        raise InputError(
-            f"{config.data} holds atomic number {highest}, model.max_z = {config.model.max_z}: set it above {highest}"
-        )
+    check_max_z(part["z"], config.model.max_z, config.data)
     z, pos, batch, noise = (
         tensor.to(device, non_blocking=True) for tensor in (part["z"], part["pos"], part["batch"], noise)
     )
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return net(z, pos, batch, noise, part["num_molecules"], shuffle)
-    except ValueError as error:  # more neighbours than model.max_num_neighbors
-        raise InputError(str(error)) from None
+    with too_many_neighbors(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return net(z, pos, batch, noise, part["num_molecules"], shuffle)
 
 
 @torch.no_grad()
@@ -753,12 +767,15 @@ def make_model(config, device):
     return model
 
 
+def name_of(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
 def describe(config, num_train, model, device, world):
     """The lines that say what is about to be trained, on what, where."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     yield f"{config.objective} on {config.data}: {num_train:,} molecules to train, {config.val_size:,} to validate"
     yield f"{num_parameters(model):,} parameters, {num_parameters(model.encoder):,} of them the encoder"
-    yield f"{world} x {where}; {config.max_steps:,} steps of {config.batch_size} molecules"
+    yield f"{world} x {name_of(device)}; {config.max_steps:,} steps of {config.batch_size} molecules"
 
 
 def num_parameters(module):
