@@ -104,7 +104,8 @@ COMBINATIONS = {
 }
 THERMAL = {"georecon": "thermal", "coord": "thermal_coord"}
 
-EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms", "alpha3": "graph_embedding/alpha3"}
+EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
+EQUAL |= {"alpha3": "graph_embedding/alpha3", "no_g": "graph_embedding/no_g"}
 
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
@@ -278,6 +279,7 @@ STARTS = {  # what fine-tuning starts from: color, line
     "coord": ("tab:orange", "--"),
     "georecon": ("black", "-"),
     "alpha3": ("tab:blue", "-."),
+    "no_g": ("tab:red", (0, (1, 1))),
 }
 
 
