@@ -284,12 +284,14 @@ STARTS = {  # what fine-tuning starts from: color, line
 
 
 def errors_table(results):
-    for task, starts in by_task(results).items():
+    tasks = by_task(results)
+    known = [start for start in STARTS if any(start in starts for starts in tasks.values())]
+    for task, starts in tasks.items():
         first = next(iter(starts.values()))[0]
         for split, found in first["test"].items():
             for name in (name for name in found if "rmse" not in name and "per_atom" not in name):
                 cells = []
-                for start in STARTS:
+                for start in known:
                     values = [result["test"][split][name] for result in starts.get(start, ())]
                     cells.append(" / ".join(f"{value:.4g}" for value in values))
                 unit = first["units"].get(name, "")
@@ -419,7 +421,7 @@ def draw_errors(plt, results, folder):
                 name = "forces_mae" if "forces_mae" in run["val"] else next(iter(run["val"]))
                 points = [(record["step"], record[name]) for record in run["curve_val"] if record["step"]]
                 color, line = STARTS[start]
-                axis.plot(*zip(*points, strict=True), line, color=color, lw=1.2, label=None if k else start)
+                axis.plot(*zip(*points, strict=True), ls=line, color=color, lw=1.2, label=None if k else start)
             if f"{name}_ridge" in run["val"]:
                 axis.axhline(run["val"][f"{name}_ridge"], color=color, ls=line, lw=0.5)
         axis.set(xlabel="step", yscale="log", title=f"{task}: {name}\n{run['units'][name]}, validation")
