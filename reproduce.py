@@ -94,6 +94,7 @@ FACTORS = {
     # frames of one molecule at 500 K: the clean geometry can no longer be guessed from the noised one
     "thermal": pretrain("data=data/md17_aspirin.h5"),
     "thermal_coord": pretrain("data=data/md17_aspirin.h5", "objective=coord"),  # for comparison
+    "thermal_no_g": pretrain("data=data/md17_aspirin.h5", "decoder_graph_emb=false"),
 }
 # of what helped; and Coord with the noise of alpha = 3, to tell whether it is that alone
 COMBINATIONS = {
@@ -255,8 +256,9 @@ def by_task(results):
     """Fine-tuning runs <task>_<start>_s<seed> as {task: {start: [result of each seed]}}."""
     tasks = {}
     for result in results:
-        task, start, _ = result["run"].rsplit("_", 2)
-        tasks.setdefault(task, {}).setdefault(start, []).append(result)
+        name = result["run"].rpartition("_s")[0]
+        start = next(start for start in STARTS if name.endswith(f"_{start}"))
+        tasks.setdefault(name.removesuffix(f"_{start}"), {}).setdefault(start, []).append(result)
     return tasks
 
 
@@ -413,8 +415,9 @@ def draw_use(plt, results, folder):
 def draw_errors(plt, results, folder):
     """Validation errors over the steps, a panel a task, a line a start."""
     tasks = by_task(results)
-    columns = (len(tasks) + 1) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 5.6), layout="constrained", squeeze=False)
+    rows = 1 if len(tasks) < 4 else 2
+    columns = -(-len(tasks) // rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.8 * rows), layout="constrained", squeeze=False)
     for axis, (task, starts) in zip(axes.flat, tasks.items(), strict=False):
         for start, runs in starts.items():
             for k, run in enumerate(runs):
@@ -427,7 +430,9 @@ def draw_errors(plt, results, folder):
         axis.set(xlabel="step", yscale="log", title=f"{task}: {name}\n{run['units'][name]}, validation")
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
-    axes[0, 0].legend(frameon=False)
+    pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat[: len(tasks)])
+    labelled = {label: handle for found in pairs for handle, label in found}
+    axes[0, 0].legend(labelled.values(), labelled.keys(), frameon=False)
     figure.savefig(folder / "errors.png", dpi=110)
 
 
