@@ -502,9 +502,6 @@ def line(row):
 
 
 def main(arguments):
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        return
     settings = [argument for argument in arguments if "=" in argument]
     config = build_config(BenchmarkConfig, dict(argument.split("=", 1) for argument in settings))
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -547,4 +544,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

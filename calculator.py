@@ -99,9 +99,6 @@ def constant_energy(atoms, ps, temperature, timestep=0.5, seed=1):
 
 
 def main(arguments):
-    if len(arguments) < 3 or arguments[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
-        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
     checkpoint, start, out, *options = arguments
     settings = {"ps": 2.0, "temperature": 300.0}
     for option in options:
@@ -142,4 +139,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__, needed=3)

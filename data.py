@@ -94,14 +94,20 @@ class InputError(Exception):
         self.code = code
 
 
-def cli(main):
-    """Run main(argv), print an InputError as one line `<script>.py: error: ...` and exit with its code."""
+def cli(main, usage=None, needed=0):
+    """Run main(argv), print an InputError as one line `<script>.py: error: ...` and exit with its code.
+
+    -h prints the usage instead; so do fewer arguments than needed, with exit code 2.
+    """
     script = Path(sys.argv[0]).name
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as we live
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
+        if usage and ((asked := sys.argv[1:2] in (["-h"], ["--help"])) or len(sys.argv) <= needed):
+            print(usage.strip(), file=sys.stdout if asked else sys.stderr, flush=True)
+            sys.exit(0 if asked else 2)
         main(sys.argv[1:])
         sys.stdout.flush()
     except InputError as error:
@@ -339,19 +345,19 @@ def split_indices(num, sizes, seed=1):
 
 
 class StepBatches(torch.utils.data.Dataset):
-    """What one rank needs for an optimizer step, by the number of the step: a list of `micro` parts.
+    """What one rank needs for an optimizer step, by the number of the step: a list of `accumulate` parts.
 
     Each part is Molecules.read's dict plus index (b,) int64, num_molecules, and its place in the global batch, so that
     noise can be drawn for the global batch and sliced: first_atom, global_atoms. An incomplete last batch is dropped.
     Use as DataLoader(StepBatches(...), batch_size=None, sampler=range(start, stop), num_workers=k).
     """
 
-    def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, micro=1, forces=False):
+    def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, accumulate=1, forces=False):
         self.forces = forces
         self.molecules, self.index = molecules, np.asarray(index, dtype=np.int64)
-        self.batch_size, self.seed, self.rank, self.world, self.micro = batch_size, seed, rank, world, micro
-        if batch_size < 1 or batch_size % (world * micro):
-            message = f"batch_size {batch_size} must be a multiple of ranks x accumulation parts = {world} x {micro}"
+        self.batch_size, self.seed, self.rank, self.world, self.accumulate = batch_size, seed, rank, world, accumulate
+        if batch_size < 1 or batch_size % (world * accumulate):
+            message = f"batch_size {batch_size} must be a multiple of ranks x accumulate = {world} x {accumulate}"
             raise InputError(message, code=2)
         if batch_size > len(self.index):
             message = f"batch_size {batch_size} is more than the {len(self.index)} molecules to choose from"
@@ -369,9 +375,9 @@ class StepBatches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         whole = self.chosen(step)
         first_atom = np.concatenate([[0], np.cumsum(self.molecules.ptr[whole + 1] - self.molecules.ptr[whole])])
-        size = self.batch_size // (self.world * self.micro)
+        size = self.batch_size // (self.world * self.accumulate)
         parts = []
-        for start in range(self.rank * self.micro * size, (self.rank + 1) * self.micro * size, size):
+        for start in range(self.rank * self.accumulate * size, (self.rank + 1) * self.accumulate * size, size):
             part = self.molecules.read(whole[start : start + size], self.forces)
             part |= {"index": torch.tensor(whole[start : start + size]), "num_molecules": size}
             part |= {"first_atom": int(first_atom[start]), "global_atoms": int(first_atom[-1])}
@@ -971,8 +977,6 @@ def main(argv):
     usage += "sample FILE.h5 OUT.h5 num=2000 seed=1; --help says more"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped cleans up as Ctrl-C does
     match argv:
-        case ["-h" | "--help", *_]:
-            print(__doc__.strip())
         case ["info", path]:
             info(path)
         case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
@@ -984,4 +988,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

@@ -14,7 +14,7 @@ without it the encoder starts from scratch. A run writes to out_dir (default out
     best.pt         the model at its best validation: finetune.load_property_model("out/demo_gap/best.pt")
     metrics.json    errors on validation and test with their units, beside the paper's, and what made them
 
-A linear probe (freeze_encoder) leaves no last.pt and best.pt. The test molecules are judged once, at the end, by
+A linear probe (freeze_encoder) leaves no last.pt and best.pt. The test molecules are evaluated once, at the end, by
 best.pt. Labels are standardised with the training molecules alone:
 y' = (y - sum_i ref(z_i) - mean) / std in float64, and only y' becomes float32.
 """
@@ -151,7 +151,7 @@ class FinetuneConfig:
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
     ema_alpha_dy: float = setting(1.0, low=0)
-    position_noise_scale: float = setting(0.0, low=0)  # Angstrom, of a second pass whose noise is to be predicted
+    position_noise_scale: float = setting(0.0, low=0)  # angstrom, of a second pass whose noise is to be predicted
     denoising_weight: float = setting(0.1, low=0)
     paper: dict = field(default_factory=dict)  # {<model>_<test set>_<error>: its figure}, kept in metrics.json
     model: ModelConfig = field(default_factory=ModelConfig)  # from scratch; an encoder.pt brings its own
@@ -736,7 +736,7 @@ def finetune(config, device, rank, world):
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
     plateau = ReduceLROnPlateau(optimizer, factor=config.lr_factor, patience=config.lr_patience, min_lr=config.lr_min)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
-    judged = average.module if average else model
+    evaluated = average.module if average else model
     if config.compile:
         model.compile_derivative(device) if labels.forces else compile_layers(module, device)
 
@@ -784,7 +784,7 @@ def finetune(config, device, rank, world):
         return finish(found.pop("val"), found, best_step)
 
     def save_best(step):
-        content = {"schema": "georecon/1", "model": asdict(encoder.config), "state_dict": judged.state_dict()}
+        content = {"schema": "georecon/1", "model": asdict(encoder.config), "state_dict": evaluated.state_dict()}
         content["property"] = {
             "target": config.target,
             "name": labels.name,
@@ -810,7 +810,7 @@ def finetune(config, device, rank, world):
         save_torch(folder / "last.pt", content)
 
     def validate(step):
-        found = errors(judged, molecules, val, labels, config, device, rank, world)
+        found = errors(evaluated, molecules, val, labels, config, device, rank, world)
         log.write({"step": step, "split": "val", **found})
         if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
             state["best_val"], state["best_step"] = found, step
@@ -907,8 +907,8 @@ def main(arguments):
         if len(arguments) != 4:
             raise InputError("usage: python finetune.py predict best.pt IN.xyz OUT.xyz", code=2)
         return predict(*arguments[1:])
-    run_stage(finetune, FinetuneConfig, arguments, __doc__)
+    run_stage(finetune, FinetuneConfig, arguments)
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__, needed=1)

@@ -242,7 +242,7 @@ def study(paths, config):
 
 
 def main(arguments):
-    paths, config = read_arguments(GraphEmbeddingConfig, arguments, __doc__)
+    paths, config = read_arguments(GraphEmbeddingConfig, arguments)
     if not paths:
         raise InputError("name one last.pt or more: python graph_embedding.py out/demo/last.pt data=FILE.h5", code=2)
     names_of(paths)
@@ -257,4 +257,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__, needed=1)

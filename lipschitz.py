@@ -16,7 +16,6 @@ Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per mole
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -320,11 +319,8 @@ def draw(results, folder):
     plt.close(figure)
 
 
-def read_arguments(kind, arguments, usage):
+def read_arguments(kind, arguments):
     """`CHECKPOINT ... [key=value ...]` of an analysis -> paths, and the settings as the dataclass kind."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
-        raise SystemExit(0 if arguments else 2)
     paths = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
     return paths, build_config(kind, override({}, [argument for argument in arguments if argument not in paths]))
 
@@ -376,7 +372,7 @@ def write_result(path, result):
 
 
 def main(arguments):
-    paths, config = read_arguments(LipschitzConfig, arguments, __doc__)
+    paths, config = read_arguments(LipschitzConfig, arguments)
     if not paths:
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
     names = names_of(paths)
@@ -399,4 +395,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__, needed=1)

@@ -13,7 +13,7 @@ arXiv:2202.02541) on 3D geometries alone. This file reads from leaf to root:
     7  the method            GraphPooling, GraphReconstructionDecoder, Pretraining (every loss beside its equation)
     8  checkpoints           load_representation, load_encoder
 
-    N  atoms in the batch       z (N,) atomic numbers, pos (N, 3) in Angstrom, batch (N,) molecule of each atom, sorted
+    N  atoms in the batch       z (N,) atomic numbers, pos (N, 3) in angstrom, batch (N,) molecule of each atom, sorted
     B  molecules in the batch   graph_emb (B, F)
     P  unordered pairs          edge_index (2, P) = [source j, target i] with i < j; edge_weight (P,) distance
     F  channels                 x (N, F) invariant, vec (N, 3, F) equivariant: vec(pos R^T) = R vec(pos)
@@ -76,7 +76,7 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
         if (most := degree.max().item()) > max_num_neighbors:
             raise ValueError(
                 f"max_num_neighbors = {max_num_neighbors}, but an atom has {most} neighbours (itself included) within "
-                f"{cutoff} Angstrom: raise it, or set 0 for no bound"
+                f"{cutoff} angstrom: raise it, or set 0 for no bound"
             )
     return edge_index
 
@@ -346,7 +346,7 @@ class ModelConfig:
     num_layers: int = setting(8, low=1)
     num_rbf: int = setting(64, low=2)
     num_heads: int = setting(8, low=1)
-    cutoff_upper: float = setting(5.0, low=0.1)  # Angstrom
+    cutoff_upper: float = setting(5.0, low=0.1)  # angstrom
     max_z: int = setting(100, low=1)  # atomic numbers 0 .. max_z - 1
     max_num_neighbors: int = setting(0, low=0)  # 0: no bound; see radius_graph
     x_norm_layer: bool = True  # PAPER-SILENT: LayerNorm on x after each residual
@@ -356,7 +356,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.cutoff_upper > 1000:
-            raise ValueError(f"model.cutoff_upper = {self.cutoff_upper}: must be at most 1000 Angstrom")
+            raise ValueError(f"model.cutoff_upper = {self.cutoff_upper}: must be at most 1000 angstrom")
         if self.embedding_dimension % self.num_heads:
             raise ValueError(
                 f"model.embedding_dimension = {self.embedding_dimension} must be a multiple of "

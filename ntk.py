@@ -119,7 +119,7 @@ def table(rows):
 
 
 def main(arguments):
-    paths, config = read_arguments(NtkConfig, arguments, __doc__)
+    paths, config = read_arguments(NtkConfig, arguments)
     path = new_file(config.out_dir, "ntk.json")
     keep_freed_memory()
     made_by, began = provenance(torch.device("cpu"), 1), time.perf_counter()
@@ -131,4 +131,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__, needed=1)

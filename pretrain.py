@@ -66,7 +66,7 @@ class PretrainConfig:
     seed: int = setting(1, low=0)
 
     objective: str = setting("georecon", choices=("georecon", "coord", "rec_only"))
-    position_noise_scale: float = setting(0.04, low=0)  # sigma, Angstrom
+    position_noise_scale: float = setting(0.04, low=0)  # sigma, angstrom
     alpha: float = setting(1.0, low=0)  # Sec. 4.1: noise of the rec variant in units of sigma, "set to 1 for default"
     w_noise: float = setting(1.0, low=0)  # PAPER-SILENT: Coord's denoising_weight
     w_clean: float = setting(1.0, low=0)  # PAPER-SILENT
@@ -204,11 +204,8 @@ def override(settings, arguments):
     return settings
 
 
-def load_config(kind, arguments, usage):
+def load_config(kind, arguments):
     """`CONFIG.yaml [key=value ...]` -> the dataclass kind."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage.strip(), file=sys.stdout if arguments else sys.stderr)
-        raise SystemExit(0 if arguments else 2)
     settings = override(read_yaml(arguments[0]), arguments[1:])
     config, home = build_config(kind, settings), Path(arguments[0]).parent
     config = config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
@@ -922,9 +919,9 @@ def pretrain(config, device, rank, world):
         log.say(f"{wall_s:.0f} s; wrote config.yaml, log.jsonl, last.pt, encoder.pt, metrics.json to {folder}")
 
 
-def run_stage(stage, kind, arguments, usage):
+def run_stage(stage, kind, arguments):
     """Run stage(config, device, rank, world) from its command line, whose settings are the dataclass kind."""
-    config = load_config(kind, arguments, usage)
+    config = load_config(kind, arguments)
     keep_freed_memory()
     device, rank, world = set_up_process(config)
     stage(config, device, rank, world)
@@ -932,8 +929,8 @@ def run_stage(stage, kind, arguments, usage):
 
 
 def main(arguments):
-    run_stage(pretrain, PretrainConfig, arguments, __doc__)
+    run_stage(pretrain, PretrainConfig, arguments)
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__, needed=1)

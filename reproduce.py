@@ -465,9 +465,6 @@ def draw_losses(plt, results, folder):
 
 
 def main(arguments):
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        return
     if not arguments:
         for study, runs in STUDIES.items():
             print(f"{study}: {sum(finished(study, run) for run in runs)} of {len(runs)} runs done: {', '.join(runs)}")
@@ -491,4 +488,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

@@ -19,7 +19,7 @@ SETTINGS = {  # Table 13's two columns with fewer channels: depth, heads, radial
     "qm9": dict(embedding_dimension=32, num_layers=8, num_rbf=64, num_heads=8),
     "md17": dict(embedding_dimension=16, num_layers=6, num_rbf=32, num_heads=8),
 }
-MOLECULES = {  # Angstrom; QM9's geometries of gdb 19, 5, 3, 1 and the first frame of MD17's aspirin (all CC0)
+MOLECULES = {  # angstrom; QM9's geometries of gdb 19, 5, 3, 1 and the first frame of MD17's aspirin (all CC0)
     "acetamide": """C  0.0068  1.4997 -0.0257   C -0.0274 -0.0175 -0.1489   N  1.1783 -0.6332  0.0569
         O -1.0372 -0.6398 -0.4073   H  0.9139  1.9292 -0.4610   H -0.8708  1.9112 -0.5235
         H -0.0283  1.7852  1.0315   H  1.9841 -0.1318  0.3867   H  1.1905 -1.6392  0.1001""",
@@ -33,7 +33,7 @@ MOLECULES = {  # Angstrom; QM9's geometries of gdb 19, 5, 3, 1 and the first fra
         C -1.7156  1.6563 -0.3091   O -0.8227  1.1213  0.5996   H -0.1781 -3.7326  1.0450   H  2.3672 -2.0926  0.4364
         H  0.9270  2.2987 -0.9246   H  3.9147 -0.8670 -0.9662   H  3.1306  1.4877 -1.6845   H -2.6156  3.4742  0.5497
         H -3.7552  2.5704 -0.1630   H -2.7673  1.9612  1.4199""",
-    # acetamide with its methyl group 7 Angstrom away: two fragments that do not see each other
+    # acetamide with its methyl group 7 angstrom away: two fragments that do not see each other
     "dissociated": """C  0.0068  8.4997 -0.0257   C -0.0274 -0.0175 -0.1489   N  1.1783 -0.6332  0.0569
         O -1.0372 -0.6398 -0.4073   H  0.9139  8.9292 -0.4610   H -0.8708  8.9112 -0.5235
         H -0.0283  8.7852  1.0315   H  1.9841 -0.1318  0.3867   H  1.1905 -1.6392  0.1001""",

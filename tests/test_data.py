@@ -520,6 +520,27 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
     assert sorted(os.listdir(tmp_path)) == ["a.npz"]
 
 
+def test_usage_is_printed_where_it_is_asked_for_and_where_arguments_are_missing(monkeypatch, capsys):
+    def main(arguments):
+        print(arguments)
+
+    for words, code, out, err in [
+        (["-h"], 0, "how\n", ""),
+        (["--help", "a", "b"], 0, "how\n", ""),
+        ([], 2, "", "how\n"),
+        (["a"], 2, "", "how\n"),
+        (["a", "b"], 0, "['a', 'b']\n", ""),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["x.py", *words])
+        try:
+            data.cli(main, "\nhow\n", needed=2)
+            left = 0
+        except SystemExit as exit_:
+            left = exit_.code
+        said = capsys.readouterr()
+        assert (left, said.out, said.err) == (code, out, err)
+
+
 def test_existing_file_is_never_overwritten(tmp_path):
     out = tmp_path / "o.h5"
     out.write_text("precious")
@@ -702,15 +723,16 @@ def test_split_indices():
             split_indices(10, sizes)
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-def test_an_epoch_is_covered_once_over_ranks_and_parts(world, micro):
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_an_epoch_is_covered_once_over_ranks_and_parts(world, accumulate):
     m, chosen = Molecules(DEMO), np.arange(100, 205)  # 105 molecules in batches of 12: 8 steps, 9 left out
-    ranks = [StepBatches(m, chosen, 12, seed=4, rank=rank, world=world, micro=micro) for rank in range(world)]
+    ranks = [StepBatches(m, chosen, 12, seed=4, rank=rank, world=world, accumulate=accumulate) for rank in range(world)]
     assert ranks[0].steps_per_epoch == 8
     seen = {}
     for step in range(16):
         whole = [part for rank in ranks for part in rank[step]]
-        assert len(whole) == world * micro and all(part["num_molecules"] == 12 // (world * micro) for part in whole)
+        assert len(whole) == world * accumulate
+        assert all(part["num_molecules"] == 12 // len(whole) for part in whole)
         index = torch.cat([part["index"] for part in whole])
         seen.setdefault(step // 8, []).extend(index.tolist())
         reference = m.read(index)  # the global batch, the same however it is cut
@@ -731,7 +753,7 @@ def test_an_epoch_is_covered_once_over_ranks_and_parts(world, micro):
 def test_step_batches_refusals():
     m = Molecules(DEMO)
     with pytest.raises(InputError, match="multiple of ranks") as caught:
-        StepBatches(m, range(100), 10, seed=0, world=2, micro=2)
+        StepBatches(m, range(100), 10, seed=0, world=2, accumulate=2)
     assert caught.value.code == 2
     with pytest.raises(InputError, match="more than the 100 molecules"):
         StepBatches(m, range(100), 200, seed=0)
@@ -739,7 +761,7 @@ def test_step_batches_refusals():
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_give_the_steps_asked_for(context):
-    batches = StepBatches(Molecules(DEMO), np.arange(2000), 20, seed=0, micro=2)
+    batches = StepBatches(Molecules(DEMO), np.arange(2000), 20, seed=0, accumulate=2)
     expected = [batches[step] for step in range(98, 103)]  # the parent has the file open, and an epoch ends here
     loader = DataLoader(batches, None, sampler=range(98, 103), num_workers=2, multiprocessing_context=context)
     for parts, wanted in zip(loader, expected, strict=True):

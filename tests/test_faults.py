@@ -390,9 +390,8 @@ def test_a_number_in_the_data_that_is_none_is_caught_where_it_enters(stage, tall
         pytest.skip("pretraining reads positions alone")
     molecules, molecule = Molecules(settings["data"]), 17
     if stage == "finetune":  # one that is trained on
-        molecule = finetune.split_data(pretrain.load_config(finetune.FinetuneConfig, ["finetune.yaml"], ""), molecules)[
-            0
-        ][5]
+        config = pretrain.load_config(finetune.FinetuneConfig, ["finetune.yaml"])
+        molecule = finetune.split_data(config, molecules)[0][5]
     row = molecule if dataset == "energy" else int(molecules.ptr[molecule]) + 1
     path = plant(settings["data"], dataset, row)
     with pytest.raises(InputError, match="not finite") as error:

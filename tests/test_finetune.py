@@ -124,7 +124,7 @@ def config_of(**settings):
 
 def test_forces_are_learnt(trained):
     found = json.loads((trained / "metrics.json").read_text())
-    parts = split_data(load_config(FinetuneConfig, [str(trained / "config.yaml")], ""), Molecules(ETHANOL))
+    parts = split_data(load_config(FinetuneConfig, [str(trained / "config.yaml")]), Molecules(ETHANOL))
     zero = Molecules(ETHANOL).read(parts[2]["test"], forces=True)["forces"].abs().mean().item()
     assert found["test"]["test"]["forces_mae"] < 0.6 * zero
     assert found["val"]["forces_mae"] < 0.6 * read_log(trained, "val")[0]["forces_mae"]
@@ -210,7 +210,7 @@ def test_real_labels_are_learnt_and_shuffled_ones_are_not(tiny):
         folder = start("gap", *settings, f"data={data}", out=f"out/{name}")
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics["units"]["gap_mae"] == "meV"
-        train, _, tests = split_data(load_config(FinetuneConfig, [f"{folder}/config.yaml"], ""), Molecules(data))
+        train, _, tests = split_data(load_config(FinetuneConfig, [f"{folder}/config.yaml"]), Molecules(data))
         y = Molecules(data).label("gap")
         constant = 1000 * np.abs(y[tests["test"]] - np.median(y[train])).mean()
         found[name] = metrics["test"]["test"]["gap_mae"] / constant
@@ -221,7 +221,7 @@ def test_metrics_are_the_errors_of_best_pt(tiny):
     folder = start("forces")
     molecules, (model, about) = Molecules(ETHANOL), load_property_model(folder / "best.pt")
     metrics = json.loads((folder / "metrics.json").read_text())
-    _, _, tests = split_data(load_config(FinetuneConfig, ["forces.yaml"], ""), molecules)
+    _, _, tests = split_data(load_config(FinetuneConfig, ["forces.yaml"]), molecules)
     part = molecules.read(tests["test"], forces=True)
     y, forces = model(part["z"], part["pos"], part["batch"], 20, forces=True)
     error = model.restore(y, part["z"], part["batch"]) - torch.from_numpy(molecules.label("energy")[tests["test"]])
@@ -525,7 +525,7 @@ def test_the_probe_trains_one_linear_layer(tiny, monkeypatch):
     for found in (metrics["val"], metrics["test"]["test"]):
         assert set(found) == {"gap_mae", "gap_mae_ridge", "gap_mae_constant"}
         assert found["gap_mae_ridge"] < 0.9 * found["gap_mae_constant"] and found["gap_mae"] < found["gap_mae_constant"]
-    train, _, tests = split_data(load_config(FinetuneConfig, [f"{folder}/config.yaml"], ""), Molecules(QM9))
+    train, _, tests = split_data(load_config(FinetuneConfig, [f"{folder}/config.yaml"]), Molecules(QM9))
     y = Molecules(QM9).label("gap")
     constant = 1000 * np.abs(y[tests["test"]] - np.median(y[train])).mean()
     assert metrics["test"]["test"]["gap_mae_constant"] == pytest.approx(constant, rel=1e-3)
@@ -548,7 +548,7 @@ def test_predict_refuses_broken_geometries(tiny, trained):
 
 
 def test_an_element_that_training_did_not_see_is_refused(tiny):
-    config = load_config(FinetuneConfig, ["gap.yaml"], "")
+    config = load_config(FinetuneConfig, ["gap.yaml"])
     molecules = Molecules(QM9)
     only_h_c = np.array([m for m in range(200) if set(molecules.read([m])["z"].tolist()) <= {1, 6}])
     with pytest.raises(InputError, match="val hold an element that no training molecule does"):
@@ -778,8 +778,8 @@ def test_a_bad_setting_is_one_line(tiny, name, setting, message, code):
 def test_config_yaml_of_a_run_starts_the_same_run(tiny):
     Path("gap.yaml").write_text(yaml.safe_dump({**GAP, "paper": {"georecon_test_gap_mae": 31.4}}))
     folder = start("gap")
-    config = load_config(FinetuneConfig, [str(folder / "config.yaml")], "")
-    assert config == load_config(FinetuneConfig, ["gap.yaml"], "")
+    config = load_config(FinetuneConfig, [str(folder / "config.yaml")])
+    assert config == load_config(FinetuneConfig, ["gap.yaml"])
     finetune.main([str(folder / "config.yaml"), "out_dir=out/again"])
     assert same_bits(folder / "best.pt", "out/again/best.pt")
 
@@ -791,7 +791,7 @@ ROWS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "target" i
 @pytest.mark.parametrize("path", [path for path in ROWS if path.stem != "md17"], ids=lambda path: path.stem)
 def test_every_row_runs_some_steps_at_full_size_on_a_file_of_its_layout(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    forces = load_config(FinetuneConfig, [str(path)], "").target == "energy_forces"
+    forces = load_config(FinetuneConfig, [str(path)]).target == "energy_forces"
     settings = [
         "train_split=",
         "val_split=",

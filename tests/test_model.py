@@ -57,7 +57,7 @@ def axes(length):
 
 
 H_CH4 = 1.087 / math.sqrt(3)
-SYMMETRIC = {  # exact point groups, Angstrom
+SYMMETRIC = {  # exact point groups, angstrom
     "one atom": ([6], [[0, 0, 0]]),
     "two far atoms": ([6, 8], [[0, 0, 0], [7, 0, 0]]),
     "H2": ([1, 1], [[0, 0, 0], [0.741, 0, 0]]),

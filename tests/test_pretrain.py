@@ -99,10 +99,10 @@ def stage_of(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_its_resolved_form_loads_to_the_same(path, tmp_path):
     kind = stage_of(path)
-    config = load_config(kind, [str(path)], "")
+    config = load_config(kind, [str(path)])
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump({**asdict(config), "keep_steps": list(config.keep_steps)}))
-    assert load_config(kind, [str(saved)], "") == config
+    assert load_config(kind, [str(saved)]) == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -115,24 +115,22 @@ def test_the_run_line_of_a_config_runs_that_config(path):
 
 
 def test_table_13():
-    qm9, md17 = (
-        load_config(PretrainConfig, [str(ROOT / f"configs/{name}.yaml")], "") for name in ("pcqm", "pcqm_md17")
-    )
+    qm9, md17 = (load_config(PretrainConfig, [str(ROOT / f"configs/{name}.yaml")]) for name in ("pcqm", "pcqm_md17"))
     assert (qm9.batch_size, qm9.lr, qm9.max_steps, qm9.position_noise_scale) == (200, 4e-4, 400_000, 0.04)
     assert (qm9.model.embedding_dimension, qm9.model.num_layers, qm9.model.num_rbf) == (256, 8, 64)
     assert (md17.batch_size, md17.lr_warmup_steps, md17.lr_cosine_length) == (280, 10_000, 400_000)
     assert (md17.model.embedding_dimension, md17.model.num_layers, md17.model.num_rbf) == (128, 6, 32)
-    coord = load_config(PretrainConfig, [str(ROOT / "configs/pcqm_coord.yaml")], "")
+    coord = load_config(PretrainConfig, [str(ROOT / "configs/pcqm_coord.yaml")])
     assert coord.objective == "coord" and coord.model == qm9.model  # equal footing
 
 
 def test_values_take_the_type_of_their_field(tiny):
     tiny.write_text("data: x.h5\nlr: 1e-4\nprecision: 32\nkeep_steps: [10, 20]\n")
-    config = load_config(PretrainConfig, [str(tiny), "lr_min=1e-6", "max_steps=1e5", "deterministic=true"], "")
+    config = load_config(PretrainConfig, [str(tiny), "lr_min=1e-6", "max_steps=1e5", "deterministic=true"])
     assert (config.lr, config.lr_min, config.max_steps, config.precision) == (1e-4, 1e-6, 100_000, "32")
     assert config.keep_steps == (10, 20) and config.deterministic is True
-    assert load_config(PretrainConfig, [str(tiny), "keep_steps=5,6"], "").keep_steps == (5, 6)
-    assert load_config(PretrainConfig, [str(tiny), "model.num_layers=3"], "").model.num_layers == 3
+    assert load_config(PretrainConfig, [str(tiny), "keep_steps=5,6"]).keep_steps == (5, 6)
+    assert load_config(PretrainConfig, [str(tiny), "model.num_layers=3"]).model.num_layers == 3
 
 
 BAD_SETTINGS = [
@@ -208,7 +206,7 @@ def test_exit_codes_and_no_traceback(tiny):
 
 
 def test_learning_rate():
-    config = load_config(PretrainConfig, [str(ROOT / "configs/pcqm.yaml")], "")
+    config = load_config(PretrainConfig, [str(ROOT / "configs/pcqm.yaml")])
     assert learning_rate(0, config) == pytest.approx(4e-4 / 10_000)
     assert learning_rate(9_999, config) == pytest.approx(4e-4)
     assert learning_rate(200_000, config) == pytest.approx((4e-4 + 1e-7) / 2)
@@ -348,7 +346,7 @@ def test_what_is_left_of_a_run_is_not_overwritten(tiny, name):
 
 
 def test_of_two_runs_started_at_once_one_is_refused(tiny):
-    config = load_config(PretrainConfig, [str(tiny)], "")
+    config = load_config(PretrainConfig, [str(tiny)])
     assert pretrain.open_run_folder(config) is None  # both look at the folder before either writes to it
     assert pretrain.open_run_folder(config) is None
     pretrain.claim_run_folder(config, None)
@@ -447,7 +445,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     with pytest.raises(InputError, match="loss is (nan|inf)"):
         pretrain.main([str(tiny), "lr=1e30"])
     named = json.loads(Path("out/tiny/not_finite.json").read_text())
-    ids = Molecules(DEMO).ids[pretrain.load_data(load_config(PretrainConfig, [str(tiny)], ""), 0, 1)[1].chosen(1)]
+    ids = Molecules(DEMO).ids[pretrain.load_data(load_config(PretrainConfig, [str(tiny)]), 0, 1)[1].chosen(1)]
     assert named["step"] == 2 and named["molecules"] == ids.tolist()
     encoder = load_encoder("out/tiny/encoder.pt") if Path("out/tiny/encoder.pt").exists() else None
     assert encoder is None or all(p.isfinite().all() for p in encoder.parameters())
