@@ -106,7 +106,7 @@ COMBINATIONS = {
 THERMAL = {"georecon": "thermal", "coord": "thermal_coord"}
 
 EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
-EQUAL |= {"alpha3": "graph_embedding/alpha3", "no_g": "graph_embedding/no_g"}
+EQUAL |= {run: f"graph_embedding/{run}" for run in ("alpha3", "alpha3_no_g", "coord_noise3", "no_g")}
 
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
@@ -281,7 +281,9 @@ STARTS = {  # what fine-tuning starts from: color, line
     "coord": ("tab:orange", "--"),
     "georecon": ("black", "-"),
     "alpha3": ("tab:blue", "-."),
-    "no_g": ("tab:red", (0, (1, 1))),
+    "alpha3_no_g": ("tab:blue", (0, (1, 1))),
+    "coord_noise3": ("tab:orange", (0, (1, 1))),
+    "no_g": ("0.4", (0, (1, 1))),
 }
 
 
