@@ -113,12 +113,12 @@ STUDIES = {
     "qm9_small": seeds(
         (1, 2),
         {
-            "georecon": ["pretrain.py", "configs/qm9_small.yaml"],
             "coord": ["pretrain.py", "configs/qm9_small.yaml", "objective=coord"],
+            "georecon": ["pretrain.py", "configs/qm9_small.yaml"],
         },
     ),
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes a run on a large GPU.
-    "qm9_wide": seeds((1,), {"georecon": WIDE, "coord": [*WIDE, "objective=coord"]}),
+    "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
     # how smooth is h, by objective and by norms; figures over the steps
     "control": seeds((1, 2), CONTROL),
     # the objectives at equal norms, for longer
@@ -239,15 +239,24 @@ def keep(study, run):
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+# the control's arms that a study is to be compared with
+BESIDE = dict.fromkeys(("graph_embedding", "alpha"), ("coord_rms", "georecon_rms"))
+
+
 def read_results(study):
+    """What is finished of a study, after what it is to be compared with."""
     results = []
-    for path in sorted((ROOT / "results" / study).glob("*.json")):
+    others = [f"control/{run}" for run in STUDIES["control"] if run.rpartition("_")[0] in BESIDE.get(study, ())]
+    for name in others + [f"{study}/{run}" for run in STUDIES[study]]:
+        path = ROOT / "results" / f"{name}.json"
+        if not path.exists():
+            continue
         try:
             result = json.loads(path.read_text())
         except ValueError:
             raise InputError(f"{path} is cut off: delete it and run the study again") from None
         results.append(result)
-    if not results:
+    if all(result["study"] != study for result in results):
         raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
     return results
 
@@ -355,10 +364,10 @@ def draw(study):
         raise InputError("drawing needs matplotlib: pip install matplotlib") from None
     results = read_results(study)
     if "smoothness" in results[0]:
-        draw_smoothness(plt, results, ROOT / "results" / study)
-        draw_use(plt, results, ROOT / "results" / study)
+        kind = draw_arms if study in BESIDE else draw_smoothness
     else:
-        (draw_errors if "target" in results[0] else draw_losses)(plt, results, ROOT / "results" / study)
+        kind = draw_errors if "target" in results[0] else draw_losses
+    kind(plt, results, ROOT / "results" / study)
 
 
 def draw_smoothness(plt, results, folder):
@@ -370,7 +379,7 @@ def draw_smoothness(plt, results, folder):
         columns.setdefault(column, {})[label] = runs
     size = {"figsize": (1.2 + 3.2 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(2, len(columns), **size)
-    markers, colors = "osv^Dx+*<", ("black", "tab:orange", "tab:blue", "0.6", "tab:green", "tab:red")
+    markers, colors = "osv^Dx+*<", ("tab:orange", "black", "tab:blue", "0.6", "tab:green", "tab:red")
     labels = list(dict.fromkeys(label for arms in columns.values() for label in arms))
     for column, (norms, arms) in enumerate(columns.items()):
         over_steps, over_noise = axes[:, column]
@@ -397,21 +406,30 @@ def draw_smoothness(plt, results, folder):
     figure.savefig(folder / "smoothness.png", dpi=110)
 
 
-def draw_use(plt, results, folder):
-    """How much the decoder loses with another molecule's graph embedding, a point a seed."""
-    arms = {arm: runs for arm, runs in by_arm(results).items() if use_at_end(runs[0]).get("rise_isomer") is not None}
-    figure, axis = plt.subplots(figsize=(5, 1 + 0.28 * len(arms)), layout="constrained")
-    for place, runs in enumerate(arms.values()):
-        for name, marker, color in (("rise_isomer", "o", "black"), ("rise_mean", "x", "tab:red")):
-            label = {"rise_isomer": "an isomer's", "rise_mean": "the mean"}[name] if place == 0 else None
-            values = [use_at_end(run)[name] for run in runs]
-            axis.plot(values, [place] * len(values), marker, color=color, ms=5, label=label)
-    axis.axvline(0, color="0.7", lw=0.8, zorder=0)
-    axis.set_yticks(range(len(arms)), list(arms))
-    axis.invert_yaxis()
-    axis.set(xlabel="rise of the rec loss, %, given another graph embedding")
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / "use_of_g.png", dpi=110)
+def draw_arms(plt, results, folder):
+    """A row an arm, a point a seed: what a wrong graph embedding costs the decoder, the LLC, the readout of H."""
+    arms = by_arm(results)
+    size = {"figsize": (9.5, 1.2 + 0.28 * len(arms)), "layout": "constrained", "sharey": True}
+    figure, axes = plt.subplots(1, 3, **size)
+    panels = [("isomer's g, %", "o", "black"), ("mean g, %", "x", "tab:red")], [("LLC", "o", "black")]
+    for axis, drawn in zip(axes, (*panels, [("H, ridge, meV", "o", "black")]), strict=True):
+        for name, marker, color in drawn:
+            points = [(SMOOTHNESS[name](run), place) for place, runs in enumerate(arms.values()) for run in runs]
+            x, y = zip(*((value, place) for value, place in points if value is not None), strict=True)
+            axis.plot(x, y, marker, color=color, ms=5, label=name, fillstyle="none")
+        axis.grid(axis="y", color="0.9")
+    use, smooth, readout = axes
+    use.set(xscale="log", xlabel="rise of the rec loss, %, with another g")
+    use.set_xticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    use.set_xticks([], minor=True)
+    use.legend(["an isomer's", "the mean"], frameon=False, fontsize=8)
+    smooth.set(xscale="log", xlabel="median LLC, 1/angstrom")
+    smooth.set_xticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
+    smooth.set_xticks([], minor=True)
+    readout.set(xlabel="linear readout of H, error in meV")
+    use.set_yticks(range(len(arms)), list(arms))
+    use.invert_yaxis()
+    figure.savefig(folder / "arms.png", dpi=110)
 
 
 def draw_errors(plt, results, folder):
