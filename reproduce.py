@@ -99,11 +99,11 @@ FACTORS = {
 # of what helped; and Coord with the noise of alpha = 3, to tell whether it is that alone
 COMBINATIONS = {
     "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
-    "alpha3_no_vec": pretrain("alpha=3", "decoder_vec=false"),
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
+    "alpha8_no_g": pretrain("alpha=8", "decoder_graph_emb=false"),
     "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
 }
-THERMAL = {"georecon": "thermal", "coord": "thermal_coord"}
+THERMAL = {"georecon": "thermal", "coord": "thermal_coord", "no_g": "thermal_no_g"}
 
 EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
 EQUAL |= {run: f"graph_embedding/{run}" for run in ("alpha3", "alpha3_no_g", "coord_noise3", "no_g")}
