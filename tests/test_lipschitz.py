@@ -360,32 +360,31 @@ def test_a_decoder_that_cannot_see_g_does_not_use_it(runs, tmp_path):
 
 
 BAD = [
-    ([], SystemExit, None),
-    (["data=x.h5"], InputError, "name one"),
-    (["nothing.pt"], InputError, "nothing.pt"),
-    (["E", "E"], InputError, "twice"),
-    (["E", "iterations=0"], InputError, "at least 1"),
-    (["E", "iteration=5"], InputError, "did you mean iterations"),
-    (["E", "num_molecules=5000"], InputError, "there are 2000"),
-    (["E", "split=west"], InputError, "no such split"),
-    (["E", "data=nothing.h5"], InputError, "nothing.h5"),
-    (["broken"], InputError, "no torch file"),
-    (["E", "iterations="], InputError, "iterations is empty"),
-    (["E", "./E"], InputError, "cannot be told apart"),
-    (["E", "out_dir=broken"], InputError, "broken is no folder"),
-    (["small", "num_molecules=50"], InputError, "a model knows those below 8"),
+    (["data=x.h5"], "name one"),
+    (["nothing.pt"], "nothing.pt"),
+    (["E", "E"], "twice"),
+    (["E", "iterations=0"], "at least 1"),
+    (["E", "iteration=5"], "did you mean iterations"),
+    (["E", "num_molecules=5000"], "there are 2000"),
+    (["E", "split=west"], "no such split"),
+    (["E", "data=nothing.h5"], "nothing.h5"),
+    (["broken"], "no torch file"),
+    (["E", "iterations="], "iterations is empty"),
+    (["E", "./E"], "cannot be told apart"),
+    (["E", "out_dir=broken"], "broken is no folder"),
+    (["small", "num_molecules=50"], "a model knows those below 8"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "words"), BAD, ids=str)
-def test_bad_input_is_one_line(arguments, error, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=str)
+def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(save_encoder(encoder().float()), "E")
     torch.save(save_encoder(encoder(max_z=8).float()), "small")
     Path("broken").write_bytes(b"PK\x03\x04 cut off")
     before = sorted(os.listdir())
-    given = arguments if any("data=" in a for a in arguments) else [*arguments, f"data={QM9}"][: len(arguments) and 9]
-    with pytest.raises(error, match=words):
+    given = arguments if any("data=" in a for a in arguments) else [*arguments, f"data={QM9}"]
+    with pytest.raises(InputError, match=words):
         lipschitz.main(given)
     assert sorted(os.listdir()) == before
 
