@@ -1,6 +1,6 @@
 """How fast this code is: against TorchMD-NET's own on the same weights and molecules, and against the machine.
 
-    python benchmark.py                                   every case; an hour on one core
+    python benchmark.py                                   every case; half an hour on a fast core
     python benchmark.py encoder forces larger=FILE.h5     some cases, with larger molecules of your own
     python benchmark.py device=cuda
 
