@@ -240,7 +240,7 @@ def keep(study, run):
 
 
 # the control's arms that a study is to be compared with
-BESIDE = dict.fromkeys(("graph_embedding", "alpha"), ("coord_rms", "georecon_rms"))
+BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), ("coord_rms", "georecon_rms"))
 
 
 def read_results(study):
@@ -273,9 +273,9 @@ def by_task(results):
 
 def table(results):
     """Lines of the README's table: an arm of a study of smoothness a line, a test figure of fine-tuning, or a run."""
-    if "smoothness" in results[0]:
+    if "smoothness" in results[-1]:
         yield from smoothness_table(results)
-    elif "target" in results[0]:
+    elif "target" in results[-1]:
         yield from errors_table(results)
     else:
         names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
@@ -363,10 +363,10 @@ def draw(study):
     except ModuleNotFoundError:
         raise InputError("drawing needs matplotlib: pip install matplotlib") from None
     results = read_results(study)
-    if "smoothness" in results[0]:
+    if "smoothness" in results[-1]:
         kind = draw_arms if study in BESIDE else draw_smoothness
     else:
-        kind = draw_errors if "target" in results[0] else draw_losses
+        kind = draw_errors if "target" in results[-1] else draw_losses
     kind(plt, results, ROOT / "results" / study)
 
 
@@ -468,13 +468,16 @@ def draw_losses(plt, results, folder):
     for result in results:
         records = result["curve_val"]
         steps = [record["step"] for record in records]
+        rounded = "precision=bf16" in result["command"]
         for (objective, name), (panel, label, color, line) in curves.items():
             if objective == result["objective"]:
+                label = label and f"{label}, bfloat16" if rounded else label
                 label = label if result["seed"] == results[0]["seed"] else None
+                line = ":" if rounded else line
                 panel.plot(steps, [record[name] for record in records], line, color=color, lw=1.2, label=label)
         if result["objective"] == "georecon":
             rise = [100 * (record["loss_rec_shuffled"] / record["loss_rec"] - 1) for record in records]
-            use.plot(steps, rise, "-", marker=".", color="black", lw=1)
+            use.plot(steps, rise, ":" if rounded else "-", marker=".", color="black", lw=1)
     losses.set(xlabel="step", yscale="log", ylim=(0.2, 1.1), title="validation loss: noise and rec")
     losses.set_yticks([0.2, 0.3, 0.5, 1.0], ["0.2", "0.3", "0.5", "1"], minor=False)
     losses.set_yticks([], minor=True)
