@@ -100,13 +100,24 @@ FACTORS = {
 COMBINATIONS = {
     "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
-    "alpha8_no_g": pretrain("alpha=8", "decoder_graph_emb=false"),
+    "thermal_rec_only": pretrain("data=data/md17_aspirin.h5", "objective=rec_only"),
     "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
 }
-THERMAL = {"georecon": "thermal", "coord": "thermal_coord", "no_g": "thermal_no_g"}
+THERMAL = {"coord": "thermal_coord", "georecon": "thermal", "no_g": "thermal_no_g", "rec_only": "thermal_rec_only"}
 
 EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
 EQUAL |= {run: f"graph_embedding/{run}" for run in ("alpha3", "alpha3_no_g", "coord_noise3", "no_g")}
+
+
+def from_own_seed(tasks, encoders):
+    """Each task from each encoder, the pretraining's seed and the fine-tuning's the same."""
+    return {
+        f"{task}_{start}_s{seed}": [*run, f"init_from=out/{encoder}_s{seed}/encoder.pt", f"seed={seed}"]
+        for task, run in tasks.items()
+        for start, encoder in encoders.items()
+        for seed in (1, 2)
+    }
+
 
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. About half an hour a run on two cores.
@@ -137,20 +148,12 @@ STUDIES = {
         (1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in ("coord", "georecon")}
     ),
     # does it help where g is used? Needs the encoders of graph_embedding
-    "thermal": seeds(
-        (1,),
-        {
-            f"aspirin_{objective}": [*ASPIRIN["aspirin_scratch"], f"init_from=out/graph_embedding/{run}_s1/encoder.pt"]
-            for objective, run in THERMAL.items()
-        },
+    "thermal": from_own_seed(
+        {"aspirin": ASPIRIN["aspirin_scratch"]},
+        {start: f"graph_embedding/{run}" for start, run in THERMAL.items()},
     ),
     # what is worth pretraining on, each seed fine-tuned from its own encoder. Needs control and graph_embedding
-    "finetune_equal": {
-        f"{task}_{name}_s{seed}": [*run, f"init_from=out/{encoder}_s{seed}/encoder.pt", f"seed={seed}"]
-        for task, run in {"aspirin": ASPIRIN["aspirin_scratch"], "gap": GAP["gap_scratch"]}.items()
-        for name, encoder in EQUAL.items()
-        for seed in (1, 2)
-    },
+    "finetune_equal": from_own_seed({"aspirin": ASPIRIN["aspirin_scratch"], "gap": GAP["gap_scratch"]}, EQUAL),
     # what the pretraining is worth, in a few minutes a run on one core
     "finetune_small": seeds((1,), ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN) | seeds((2,), ASPIRIN | GAP),
 }
@@ -293,6 +296,7 @@ STARTS = {  # what fine-tuning starts from: color, line
     "alpha3_no_g": ("tab:blue", (0, (1, 1))),
     "coord_noise3": ("tab:orange", (0, (1, 1))),
     "no_g": ("0.4", (0, (1, 1))),
+    "rec_only": ("tab:blue", "--"),
 }
 
 
