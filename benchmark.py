@@ -21,6 +21,7 @@ written to `out` when it is done, in the place of what that file held of it.
 """
 
 import copy
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -89,9 +90,10 @@ def seconds(function, device):
 
 
 def race(contenders, rounds, device):
-    """{name: function} -> {name: seconds of each round}, in turns; a first call of each does not count."""
+    """{name: function} -> {name: seconds of each round}, in turns; the first calls of each do not count."""
     for function in contenders.values():
-        function()
+        for _ in range(3 if device.type == "cuda" else 1):  # CUDA graphs are recorded after the first
+            function()
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, function in contenders.items():
@@ -153,7 +155,10 @@ def peer_of(model):
     """TorchMD-NET's model with the weights of a PropertyModel; None if it is not installed."""
     if not peer_is_installed():
         return None
-    from torchmdnet.models.model import create_model
+    try:
+        from torchmdnet.models.model import create_model
+    except ImportError as error:
+        raise InputError(f"torchmd-net cannot be imported, {error}: install or remove it") from None
 
     c = model.encoder.config
     peer = create_model(
@@ -182,6 +187,8 @@ def peer_of(model):
 def some(path, number, device, forces=False):
     """`number` random molecules of a file -> the arrays of Molecules.read on the device."""
     molecules = Molecules(path)
+    if len(molecules) < number:
+        raise InputError(f"{path} holds {len(molecules)} molecules, this takes {number} or more")
     index = np.random.default_rng(0).permutation(len(molecules))[:number]
     return {key: value.to(device) for key, value in molecules.read(index, forces).items()}
 
@@ -308,18 +315,22 @@ WORKLOADS = {
 }
 
 
-def peak_mib():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")  # of Linux; getrusage would count what the parent process had
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10 if status.exists() else math.nan
+def process_mib(key):
+    """Memory of this process, on Linux: VmRSS now, VmHWM at most. getrusage would count what the parent had."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().partition(f"{key}:")[2].split()[0]) / 2**10 if status.exists() else math.nan
+
+
+def peak_mib(device):
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else process_mib("VmHWM")
 
 
 def run(command, what, **options):
     """Run a command -> what it printed; an InputError with its last line if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
-        raise InputError(f"{what}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        said = done.stderr.strip().splitlines() or ["?"]  # torchrun says more below our line
+        raise InputError(f"{what}: {next((line for line in said if 'error: ' in line), said[-1])}")
     return done.stdout
 
 
@@ -337,9 +348,9 @@ def run_alone(workload, contender, allocator, config):
         keep_freed_memory()
     device = torch.device(config.device)
     function = WORKLOADS[workload](config)[contender]
-    before = peak_mib()
+    before = peak_mib(device)
     times = race({contender: function}, config.rounds, device)[contender]
-    print(json.dumps({"seconds": statistics.median(times), "mib": peak_mib() - before}))
+    print(json.dumps({"seconds": statistics.median(times), "mib": peak_mib(device) - before}))
 
 
 # ---------------------------------------------------------------- cases
@@ -392,29 +403,36 @@ def md(config, rates, settings):
     yield from compare("md, 1 frame", "peer", replace(config, rounds=10 * config.rounds), rates)
 
 
-def loader(config, rates, settings):
-    """Batches of 200 from the molecules of `small`, written again and again up to 3.4 million."""
-    small = Molecules(config.small)
+def write_copies(small, copies, path):
+    """A file of all molecules of `small`, again and again."""
     atoms = small.read(np.arange(len(small)))
-    copies = -(-3_400_000 // len(small))
+    with h5py.File(path, "w") as file:
+        file.attrs.update(small.attrs)
+        for name, value in (("z", atoms["z"].numpy().astype(np.uint8)), ("pos", atoms["pos"].numpy())):
+            dataset = file.create_dataset(name, (copies * len(value), *value.shape[1:]), value.dtype)
+            for k in range(copies):
+                dataset[k * len(value) : (k + 1) * len(value)] = value
+        file["ptr"] = np.concatenate([[0], np.tile(np.diff(small.ptr), copies).cumsum()])
+        file["id"] = np.arange(copies * len(small))
+
+
+def loader(config, rates, settings):
+    """Batches of 200 from the molecules of `small`, written again and again up to 3.4 million; the file is cached."""
+    small = Molecules(config.small)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/large.h5"
-        with h5py.File(path, "w") as file:
-            file.attrs.update(small.attrs)
-            for name, value in (("z", atoms["z"].numpy().astype(np.uint8)), ("pos", atoms["pos"].numpy())):
-                dataset = file.create_dataset(name, (copies * len(value), *value.shape[1:]), value.dtype)
-                for k in range(copies):
-                    dataset[k * len(value) : (k + 1) * len(value)] = value
-            file["ptr"] = np.concatenate([[0], np.tile(np.diff(small.ptr), copies).cumsum()])
-            file["id"] = np.arange(copies * len(small))
+        try:
+            write_copies(small, -(-3_400_000 // len(small)), path)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{folder}: no room for a file of 3.4 million molecules: {error}") from None
         molecules = Molecules(path)
         batches = StepBatches(molecules, np.arange(len(molecules)), 200, seed=1)
         batches[0]
-        before, began = peak_mib(), time.perf_counter()
+        before, began = process_mib("VmRSS"), time.perf_counter()
         for step in range(500):
             batches[step]
-        elapsed = time.perf_counter() - began
-    yield {"case": "loader", "contender": "one process", "per_second": 500 * 200 / elapsed, "mib": peak_mib() - before}
+        elapsed, grown = time.perf_counter() - began, process_mib("VmRSS") - before
+    yield {"case": "loader", "contender": "one process", "per_second": 500 * 200 / elapsed, "mib": grown}
 
 
 def lipschitz_constants(config, rates, settings):
@@ -513,21 +531,23 @@ def main(arguments):
     chosen = [argument for argument in arguments if "=" not in argument] or list(CASES)
     if unknown := [case for case in chosen if case not in CASES]:
         raise InputError(f"no case {unknown[0]!r}: there are {', '.join(CASES)}", code=2)
-    for path in (config.small, config.larger, config.md17 if {"forces", "md"} & set(chosen) else ""):
-        if path:
-            Molecules(path)
+    some(config.small, 200, torch.device("cpu"))
+    if config.larger:
+        some(config.larger, 50, torch.device("cpu"))
+    if {"forces", "md"} & set(chosen):
+        some(config.md17, 32, torch.device("cpu"), forces=True)
     out = Path(config.out)
     try:
         known = dict(json.loads(out.read_text())) if out.exists() else {}
-        if any(case not in CASES or "rows" not in found for case, found in known.items()):
+        if any(case not in CASES or not isinstance(found["rows"], list) for case, found in known.items()):
             raise ValueError("holds something else")
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"out = {out}: {error}: name a file of this program, or a new one", code=2) from None
     keep_freed_memory()
     device = torch.device(config.device)
-    peer = "torchmd-net 3.1.0" if peer_is_installed() else "not installed"
+    peer = f"torchmd-net {importlib.metadata.version('torchmd-net')}" if peer_is_installed() else "not installed"
     rates = machine(device)
     print(f"peer: {peer}; products {rates[0] / 1e9:.0f} GMAC/s, copies {rates[1] / 1e9:.1f} GB/s")
     print(f"{'':<56}{'time':>18}{'faster':>9}{'installed':>9}{'memory':>12}  limits")

@@ -26,6 +26,7 @@ import pretrain
 from data import InputError, Molecules
 
 ROOT = Path(__file__).parent.parent
+SMALL = f"small={ROOT / 'data/qm9_demo.h5'}"
 MODEL = {"embedding_dimension": 16, "num_layers": 1, "num_rbf": 8, "num_heads": 4}
 COMMON = {"batch_size": 4, "max_steps": 2, "log_every": 1, "model": MODEL}
 CONFIGS = {
@@ -501,10 +502,13 @@ CASES = [
     ("benchmark", ["encoders"], 2, "there are encoder"),
     ("benchmark", ["rounds=0"], 2, "at least 1"),
     ("benchmark", ["alone"], 2, "there are encoder"),
-    ("benchmark", ["loader", "small=ok.h5", "larger=ok.h5", "out=run/metrics.json"], 2, "something else"),
-    ("benchmark", ["loader", "small=ok.h5", "larger=ok.h5", "out=/proc/new.json"], 2, "/proc"),
+    ("benchmark", ["loader", SMALL, "out=run/metrics.json"], 2, "something else"),
+    ("benchmark", ["loader", SMALL, "out=/proc/new.json"], 2, "/proc"),
+    ("benchmark", ["loader", "small=ok.h5"], 1, "holds 20 molecules"),
+    ("benchmark", ["loader", SMALL, "larger=ok.h5"], 1, "holds 20 molecules"),
+    ("benchmark", ["loader", "forces", SMALL, "md17" + SMALL.removeprefix("small")], 1, "no forces"),
     ("benchmark", ["small=missing.h5"], 1, "no such file"),
-    ("benchmark", ["md17=missing.h5", "forces"], 1, "no such file"),
+    ("benchmark", [SMALL, "md17=missing.h5", "forces"], 1, "no such file"),
     ("finetune", ["e.yaml", "compile=maybe"], 2, "must be bool"),
     ("graph_embedding", ["run/encoder.pt", "data=ok.h5", "num_molecules=20"], 1, "no last.pt"),
     ("graph_embedding", ["next_schema.pt", "data=ok.h5", "num_molecules=20"], 1, "schema is georecon/2"),

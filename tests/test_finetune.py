@@ -619,6 +619,18 @@ def test_equal_shapes_from_step_to_step_give_the_same_forces():
     assert shapes <= {96, 128, 144}  # 4 x 36 pairs are all there are
 
 
+@pytest.mark.parametrize(
+    ("device", "one_shape", "multiple"), [("cuda", True, 256), ("cuda", False, 1), ("cpu", True, 1)]
+)
+def test_cuda_graphs_are_for_molecules_of_one_size(monkeypatch, device, one_shape, multiple):
+    """Others would be compiled anew for each size, which torch gives up after the eighth."""
+    seen = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: seen.update(settings) or function)
+    model = PropertyModel(EquivariantTransformer(ModelConfig(**MODEL)), "scalar", "sum", [0.0] * 100)
+    model.compile_derivative(torch.device(device), one_shape)
+    assert (model.multiple, seen["dynamic"], "mode" in seen) == (multiple, multiple == 1, multiple > 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gap", "forces"])
 def test_compiled_equals_uncompiled(tiny, name):
