@@ -50,10 +50,10 @@ from pretrain import (
     PretrainConfig,
     build_config,
     compile_layers,
-    keep_freed_memory,
     make_model,
     provenance,
     train_step,
+    tune_cpu,
     write_text,
 )
 
@@ -345,7 +345,7 @@ def alone(workload, contender, allocator, settings, rounds):
 
 def run_alone(workload, contender, allocator, config):
     if allocator == "ours":
-        keep_freed_memory()
+        tune_cpu()
     device = torch.device(config.device)
     function = WORKLOADS[workload](config)[contender]
     before = peak_mib(device)
@@ -545,7 +545,7 @@ def main(arguments):
         tempfile.TemporaryFile(dir=out.parent).close()
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"out = {out}: {error}: name a file of this program, or a new one", code=2) from None
-    keep_freed_memory()
+    tune_cpu()
     device = torch.device(config.device)
     peer = f"torchmd-net {importlib.metadata.version('torchmd-net')}" if peer_is_installed() else "not installed"
     rates = machine(device)

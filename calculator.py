@@ -19,7 +19,7 @@ import torch
 from data import InputError, check_file, check_out, cli, flaw, need, read_xyz, readable
 from finetune import IN_EV, load_property_model, predict_molecule
 from model import radius_graph
-from pretrain import keep_freed_memory, write_atomically
+from pretrain import tune_cpu, write_atomically
 
 try:
     ase = need("ase.calculators.calculator", "the calculator")
@@ -114,7 +114,7 @@ def main(arguments):
     check_out(Path(out), ".png", ".svg")
     check_file(start, "give an xyz of the molecule")
     plt = need("matplotlib.pyplot", "drawing")
-    keep_freed_memory()
+    tune_cpu()
     with readable(Path(start)):
         first = next(read_xyz(Path(start), labelled=False), None)
     if first is None or "skip" in first:

@@ -28,8 +28,8 @@ from pretrain import (
     PretrainConfig,
     build_config,
     fitting,
-    keep_freed_memory,
     provenance,
+    tune_cpu,
     validation_batches,
 )
 
@@ -247,7 +247,7 @@ def main(arguments):
         raise InputError("name one last.pt or more: python graph_embedding.py out/demo/last.pt data=FILE.h5", code=2)
     names_of(paths)
     path = new_file(config.out_dir, "graph_embedding.json")
-    keep_freed_memory()
+    tune_cpu()
     made_by, began = provenance(torch.device("cpu"), 1), time.perf_counter()
     results = study(paths, config)
     print("\n".join(table(results)))

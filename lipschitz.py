@@ -28,12 +28,12 @@ from finetune import elements, encode, read_encoder
 from model import ModelConfig, radius_graph, scatter_mean, scatter_sum, setting
 from pretrain import (
     build_config,
-    keep_freed_memory,
     named_split,
     normal_of_each,
     open_data,
     override,
     provenance,
+    tune_cpu,
     write_atomically,
     write_text,
 )
@@ -377,7 +377,7 @@ def main(arguments):
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
     names = names_of(paths)
     path = new_file(config.out_dir, "lipschitz.json")
-    keep_freed_memory()
+    tune_cpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_by, began = provenance(device, 1), time.perf_counter()
     molecules, index = choose(config)

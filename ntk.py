@@ -18,7 +18,7 @@ from data import InputError, cli
 from finetune import TARGETS, FinetuneConfig, PropertyModel, Target, read_weights
 from lipschitz import check_elements, choose, new_file, read_arguments, write_result
 from model import EquivariantTransformer, setting
-from pretrain import FREE_TO_CHANGE, build_config, check_kinds, fitting, flatten, keep_freed_memory, provenance
+from pretrain import FREE_TO_CHANGE, build_config, check_kinds, fitting, flatten, provenance, tune_cpu
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def table(rows):
 def main(arguments):
     paths, config = read_arguments(NtkConfig, arguments)
     path = new_file(config.out_dir, "ntk.json")
-    keep_freed_memory()
+    tune_cpu()
     made_by, began = provenance(torch.device("cpu"), 1), time.perf_counter()
     rows, target = compare(paths, config)
     print("\n".join(table(rows)))
