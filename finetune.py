@@ -383,10 +383,11 @@ class PropertyModel(nn.Module):
 
         check_compiler(device)
         if device.type == "cuda" and one_shape:  # as CUDA graphs, since launches dominate
+            # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth
             self.multiple, settings = 256, {"mode": "reduce-overhead", "dynamic": False}
         else:  # one kernel for all shapes, so that a resumed run has the bits of an unbroken one
-            self.multiple, settings = 1, {"dynamic": True}
-        self.compiled = torch.compile(derivative, fullgraph=True, **settings)
+            self.multiple, settings = 1, {"fullgraph": True, "dynamic": True}
+        self.compiled = torch.compile(derivative, **settings)
 
     def forward(self, z, pos, batch, num_molecules, forces=False, edge_index=None):
         """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""

@@ -68,17 +68,16 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
     j = torch.arange(len(i), device=pos.device) - start[i] + i + 1
     # not (>=) rather than (<): a NaN position stays in the graph and shows, instead of leaving an isolated atom
     near = ~((pos[i] - pos[j]).square().sum(-1) >= cutoff**2)
-    if multiple > 1:
-        near |= (~near).cumsum(0) <= -near.sum() % multiple
-    edge_index = torch.stack([j[near], i[near]])  # (2, P)
     if max_num_neighbors:
-        degree = 1 + torch.bincount(edge_index.flatten(), minlength=len(pos))
+        degree = 1 + torch.bincount(torch.cat([i[near], j[near]]), minlength=len(pos))
         if (most := degree.max().item()) > max_num_neighbors:
             raise ValueError(
                 f"max_num_neighbors = {max_num_neighbors}, but an atom has {most} neighbours (itself included) within "
                 f"{cutoff} angstrom: raise it, or set 0 for no bound"
             )
-    return edge_index
+    if multiple > 1:
+        near |= (~near).cumsum(0) <= -near.sum() % multiple
+    return torch.stack([j[near], i[near]])  # (2, P)
 
 
 def safe_norm(vec, dim):

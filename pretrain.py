@@ -26,7 +26,6 @@ import platform
 import re
 import reprlib
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -741,8 +740,14 @@ def load_data(config, rank, world):
 
 
 def check_compiler(device):
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise InputError("compile = true needs a C++ compiler, g++ or clang++: install one, or set compile=false")
+    """Compile a trifle that no cache holds: torch would look for its compiler only in the first step."""
+    salt = time.time_ns() % 2**30
+    try:
+        torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds, by what is missing
+        cause = str(error).partition("\n")[0]
+        remedy = "install a C++ compiler (on CUDA a C compiler), or set compile=false"
+        raise InputError(f"compile = true: torch cannot compile here, {cause}: {remedy}") from None
 
 
 def compile_layers(model, device):

@@ -625,10 +625,33 @@ def test_equal_shapes_from_step_to_step_give_the_same_forces():
 def test_cuda_graphs_are_for_molecules_of_one_size(monkeypatch, device, one_shape, multiple):
     """Others would be compiled anew for each size, which torch gives up after the eighth."""
     seen = {}
+    monkeypatch.setattr(finetune, "check_compiler", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: seen.update(settings) or function)
     model = PropertyModel(EquivariantTransformer(ModelConfig(**MODEL)), "scalar", "sum", [0.0] * 100)
     model.compile_derivative(torch.device(device), one_shape)
     assert (model.multiple, seen["dynamic"], "mode" in seen) == (multiple, multiple == 1, multiple > 1)
+
+
+def test_shapes_beyond_those_that_torch_compiles_go_uncompiled(monkeypatch):
+    """The settings of CUDA, traced and run as they are: dynamics of ever other molecules, say."""
+    compile = torch.compile
+
+    def traced(function, mode=None, **settings):
+        return compile(function, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(finetune, "check_compiler", lambda device: None)
+    model = PropertyModel(EquivariantTransformer(ModelConfig(**MODEL)), "scalar", "sum", [0.0] * 100)
+    model.eval().requires_grad_(False)
+    pos = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    for atoms in range(2, 13):
+        z, batch = torch.full((atoms,), 6), torch.zeros(atoms, dtype=torch.int64)
+        model.compiled = None
+        expected = model(z, pos[:atoms], batch, 1, forces=True)
+        model.compile_derivative(torch.device("cuda"))
+        for a, b in zip(model(z, pos[:atoms], batch, 1, forces=True), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

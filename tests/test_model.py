@@ -394,6 +394,7 @@ def test_max_num_neighbors_is_a_bound_that_counts_the_atom_itself(device):
     pos = torch.tensor([[0.0, 0, 0]] + [[4 * math.cos(k), 4 * math.sin(k), k / 9] for k in range(5)], device=device)
     most = 1 + torch.bincount(radius_graph(pos, batch, 5.0).flatten()).max().item()
     assert torch.equal(radius_graph(pos, batch, 5.0, most), radius_graph(pos, batch, 5.0))
+    assert radius_graph(pos, batch, 5.0, most, multiple=15).shape[1] == 15  # pairs beyond the cutoff do not count
     with pytest.raises(ValueError, match=f"max_num_neighbors = {most - 1}, but an atom has {most}"):
         radius_graph(pos, batch, 5.0, most - 1)
 

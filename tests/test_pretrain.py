@@ -300,11 +300,17 @@ def test_compiled_equals_uncompiled(tiny, settings):
     assert same_bits("out/compiled", "out/again")
 
 
-def test_compiling_needs_a_compiler(tiny, monkeypatch):
-    monkeypatch.setenv("PATH", "")
+@pytest.mark.parametrize("found", ["nothing", "one that fails", "another"])
+def test_compiling_needs_a_compiler(tiny, tmp_path, monkeypatch, found):
+    if found != "nothing":
+        compiler = tmp_path / ("g++" if found == "one that fails" else "clang++")  # torch asks for g++ alone
+        compiler.write_text("#!/bin/sh\nexit 1\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(InputError, match="needs a C.. compiler"):
+    with pytest.raises(InputError, match="torch cannot compile here"):
         pretrain.main([str(tiny), "compile=true"])
+    assert not Path("out/tiny").exists()
 
 
 def test_the_first_weights_may_be_kept(tiny):
