@@ -26,6 +26,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import h5py
@@ -49,6 +51,7 @@ from model import EquivariantTransformer, ModelConfig, setting
 from pretrain import (
     PretrainConfig,
     build_config,
+    check_max_z,
     compile_layers,
     make_model,
     provenance,
@@ -190,7 +193,9 @@ def some(path, number, device, forces=False):
     if len(molecules) < number:
         raise InputError(f"{path} holds {len(molecules)} molecules, this takes {number} or more")
     index = np.random.default_rng(0).permutation(len(molecules))[:number]
-    return {key: value.to(device) for key, value in molecules.read(index, forces).items()}
+    mol = molecules.read(index, forces)
+    check_max_z(mol["z"], WIDE.max_z, path)
+    return {key: value.to(device) for key, value in mol.items()}
 
 
 def property_model(config, device):
@@ -231,11 +236,13 @@ def encoder_work(file, training, config):
     return work
 
 
+OBJECTIVES = {"coord": {"objective": "coord"}, "georecon": {}, "georecon, alpha 1.2": {"alpha": 1.2}}
+
+
 def pretrain_work(config):
     device, work = torch.device(config.device), {}
     molecules = Molecules(config.small)
-    objectives = {"coord": {"objective": "coord"}, "georecon": {}, "georecon, alpha 1.2": {"alpha": 1.2}}
-    for name, settings in objectives.items():
+    for name, settings in OBJECTIVES.items():
         for compiled in (False, True):
             of = PretrainConfig(batch_size=50, compile=compiled, **settings)
             model = make_model(of, device)
@@ -256,8 +263,8 @@ def energy_and_forces(model, mol, training):
     num = int(mol["batch"][-1]) + 1
     if isinstance(model, PropertyModel):
         energy, forces = model(mol["z"], mol["pos"], mol["batch"], num, forces=True)
-    else:
-        energy, forces = model(mol["z"], mol["pos"], mol["batch"])
+    else:  # the peer marks the positions that it is given as to be differentiated by
+        energy, forces = model(mol["z"], mol["pos"].clone(), mol["batch"])
     if training:
         (energy.square().mean() + (forces - mol["forces"]).square().mean()).backward()
         model.zero_grad()
@@ -329,9 +336,13 @@ def run(command, what, **options):
     """Run a command -> what it printed; an InputError with its last line if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["?"]  # torchrun says more below our line
+        ended = f"exit code {done.returncode}" if done.returncode > 0 else f"killed by signal {-done.returncode}"
+        said = done.stderr.strip().splitlines() or [ended]  # torchrun says more below our line
         raise InputError(f"{what}: {next((line for line in said if 'error: ' in line), said[-1])}")
     return done.stdout
+
+
+ALONE = "GEORECON_BENCHMARK_ALONE"  # in a process of our own: what it is to measure
 
 
 def alone(workload, contender, allocator, settings, rounds):
@@ -339,13 +350,16 @@ def alone(workload, contender, allocator, settings, rounds):
 
     To be called before `compare`, whose process keeps the memory that it had.
     """
-    command = [sys.executable, __file__, "alone", workload, contender, allocator, *settings, f"rounds={rounds}"]
-    return json.loads(run(command, f"{workload}, {contender}").splitlines()[-1])
+    command = [sys.executable, __file__, *settings, f"rounds={rounds}"]
+    environment = os.environ | {ALONE: json.dumps([workload, contender, allocator])}
+    return json.loads(run(command, f"{workload}, {contender}", env=environment).splitlines()[-1])
 
 
 def run_alone(workload, contender, allocator, config):
     if allocator == "ours":
         tune_cpu()
+    if workload == "loader":
+        return print(json.dumps(read_two_epochs(config)))
     device = torch.device(config.device)
     function = WORKLOADS[workload](config)[contender]
     before = peak_mib(device)
@@ -361,24 +375,28 @@ def compare(workload, reference, config, rates):
     device = torch.device(config.device)
     work = WORKLOADS[workload](config)
     times = race(work, config.rounds, device)
+    plain = {name: limits(work[name], rates) for name in ("ours", *OBJECTIVES) if name in work}
     rows = []
-    for name, function in work.items():
+    for name in work:
         row = {"case": workload, "contender": name, "seconds": statistics.median(times[name])}
         if reference in times and name != reference:
             pairs = zip(times[reference], times[name], strict=True)
             row["times_faster"] = statistics.median(a / b for a, b in pairs)
-        if name in ("ours", "coord", "georecon", "georecon, alpha 1.2"):
-            row["limits"] = limits(function, rates)
+        if name in plain:
+            row["limits"] = plain[name]
+        elif known := plain.get("ours" if name == "compiled" else name.removesuffix(", compiled")):
+            row["limits"] = {"arithmetic": known["arithmetic"]}  # the same products, other bytes
+        if "limits" in row:
+            row["times_limits"] = {key: row["seconds"] / value for key, value in row["limits"].items()}
         rows.append(row)
     return rows
 
 
 def encoder(config, rates, settings):
-    for file in ("small", "larger") if config.larger else ("small",):
-        yield from compare(f"encoder, {file}, forward", "peer", config, rates)
-        workload = f"encoder, {file}, step"
+    for file, of in product(("small", "larger") if config.larger else ("small",), ("forward", "step")):
+        workload = f"encoder, {file}, {of}"
         measured = ["ours", "compiled", "in 4 parts", *(["peer"] if peer_is_installed() else [])]
-        apart = {name: alone(workload, name, "ours", settings, 1) for name in measured}
+        apart = {name: alone(workload, name, "ours", settings, 1) for name in measured if of == "step"}
         installed = peer_is_installed() and alone(workload, "peer", "default", settings, config.rounds)
         for row in compare(workload, "peer", config, rates):
             if row["contender"] in apart:
@@ -417,7 +435,15 @@ def write_copies(small, copies, path):
 
 
 def loader(config, rates, settings):
-    """Batches of 200 from the molecules of `small`, written again and again up to 3.4 million; the file is cached."""
+    """Two epochs of a file of 3.4 million molecules that the system has cached, in a process of its own."""
+    yield {"case": "loader", "contender": "one process", **alone("loader", "one process", "ours", settings, 1)}
+
+
+def read_two_epochs(config):
+    """Batches of 200 from the molecules of `small`, written again and again -> molecules a second, MiB that it grows.
+
+    Memory is compared from the 500th batch, when all that is kept has been made, to the last of the second epoch.
+    """
     small = Molecules(config.small)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/large.h5"
@@ -427,12 +453,13 @@ def loader(config, rates, settings):
             raise InputError(f"{folder}: no room for a file of 3.4 million molecules: {error}") from None
         molecules = Molecules(path)
         batches = StepBatches(molecules, np.arange(len(molecules)), 200, seed=1)
-        batches[0]
-        before, began = process_mib("VmRSS"), time.perf_counter()
-        for step in range(500):
+        began, steps = time.perf_counter(), 2 * len(molecules) // 200
+        for step in range(steps):
             batches[step]
+            if step == 500:
+                before = process_mib("VmRSS")
         elapsed, grown = time.perf_counter() - began, process_mib("VmRSS") - before
-    yield {"case": "loader", "contender": "one process", "per_second": 500 * 200 / elapsed, "mib": grown}
+    return {"per_second": steps * 200 / elapsed, "mib": grown}
 
 
 def lipschitz_constants(config, rates, settings):
@@ -444,7 +471,7 @@ def lipschitz_constants(config, rates, settings):
     model = model.to(device).requires_grad_(False)
     molecules, index = lipschitz.choose(of)
     ones = torch.ones(64, dtype=torch.float64, device=device)
-    together, few = (list(lipschitz.batches(molecules, part, of, device)) for part in (index, index[:10]))
+    together, few = (list(lipschitz.batches(molecules, part, of, device)) for part in (index, index[::10]))
     found = {}
 
     def measure(name, parts, of):
@@ -456,7 +483,7 @@ def lipschitz_constants(config, rates, settings):
     }
     times = race(work, 1, device)
     exact = 10 * statistics.median(times["one by one"])  # seconds for 100
-    error = (found["at once"][:10] / found["one by one"] - 1).abs().max().item()
+    error = (found["at once"][::10] / found["one by one"] - 1).abs().max().item()
     fast = statistics.median(times["at once"])
     row = {"case": "lipschitz, 100", "contender": "at once", "seconds": fast, "times_faster": exact / fast}
     yield row | {"largest_error": error}
@@ -512,11 +539,19 @@ CASES |= {"lipschitz": lipschitz_constants, "ranks": ranks, "growth": growth}
 def line(row):
     """A row of the table on the terminal."""
     took = f"{1000 * row['seconds']:.1f} ms" if "seconds" in row else f"{row['per_second']:,.0f} a second"
-    limit = " ".join(f"{name} {1000 * value:.1f} ms" for name, value in row.get("limits", {}).items())
-    ratios = (row.get("times_faster"), row.get("times_faster_installed"))
-    faster = "".join(" " * 9 if ratio is None else f"{ratio:>9.2f}" for ratio in ratios)
+    limit = ", ".join(f"{value:.1f} {name}" for name, value in row.get("times_limits", {}).items())
+    ratios = ((row.get("times_faster"), 9), (row.get("times_faster_installed"), 11))
+    faster = "".join(" " * width if ratio is None else f"{ratio:>{width}.2f}" for ratio, width in ratios)
     memory = f"{row['mib']:>8.0f} MiB" if "mib" in row else " " * 12
     return f"{row['case']:<26}{row['contender']:<30}{took:>18}{faster}{memory}  {limit}".rstrip()
+
+
+def read_known(out):
+    """{case: what a file of this program holds of it}; read again for each case, another run may write to it too."""
+    known = json.loads(out.read_text()) if out.exists() else {}
+    if not isinstance(known, dict) or any(case not in CASES or "rows" not in found for case, found in known.items()):
+        raise ValueError("holds something else")
+    return known
 
 
 def main(arguments):
@@ -526,8 +561,9 @@ def main(arguments):
         raise InputError("device = cuda: torch finds no GPU", code=2)
     if config.device == "cpu":
         torch.set_num_threads(1)
-    if arguments[:1] == ["alone"] and len(arguments) > 3:  # a process of our own
-        return run_alone(*arguments[1:4], config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # temporary files and processes of our own end with us
+    if os.environ.get(ALONE):
+        return run_alone(*json.loads(os.environ[ALONE]), config)
     chosen = [argument for argument in arguments if "=" not in argument] or list(CASES)
     if unknown := [case for case in chosen if case not in CASES]:
         raise InputError(f"no case {unknown[0]!r}: there are {', '.join(CASES)}", code=2)
@@ -538,9 +574,7 @@ def main(arguments):
         some(config.md17, 32, torch.device("cpu"), forces=True)
     out = Path(config.out)
     try:
-        known = dict(json.loads(out.read_text())) if out.exists() else {}
-        if any(case not in CASES or not isinstance(found["rows"], list) for case, found in known.items()):
-            raise ValueError("holds something else")
+        read_known(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
     except (OSError, ValueError, TypeError, LookupError) as error:
@@ -550,7 +584,7 @@ def main(arguments):
     peer = f"torchmd-net {importlib.metadata.version('torchmd-net')}" if peer_is_installed() else "not installed"
     rates = machine(device)
     print(f"peer: {peer}; products {rates[0] / 1e9:.0f} GMAC/s, copies {rates[1] / 1e9:.1f} GB/s")
-    print(f"{'':<56}{'time':>18}{'faster':>9}{'installed':>9}{'memory':>12}  limits")
+    print(f"{'':<56}{'time':>18}{'faster':>9}{'installed':>11}{'memory':>12}  times the limit")
     about = provenance(device, 1) | {"peer": peer, "multiply_adds_per_s": rates[0], "bytes_per_s": rates[1]}
     about |= {"settings": asdict(config)}
     for case in chosen:
@@ -558,8 +592,7 @@ def main(arguments):
         for row in CASES[case](config, rates, settings):
             rows.append(row)
             print(line(row), flush=True)
-        known[case] = about | {"rows": rows}
-        write_text(out, json.dumps(known, indent=1) + "\n")
+        write_text(out, json.dumps(read_known(out) | {case: about | {"rows": rows}}, indent=1) + "\n")
     print(f"wrote {config.out}")
 
 
