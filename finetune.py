@@ -91,6 +91,7 @@ from pretrain import (
     standard_normal,
     sum_over_ranks,
     too_many_neighbors,
+    tune_cpu,
     write_atomically,
     write_text,
 )
@@ -914,6 +915,7 @@ def main(arguments):
     if arguments[:1] == ["predict"]:
         if len(arguments) != 4:
             raise InputError("usage: python finetune.py predict best.pt IN.xyz OUT.xyz", code=2)
+        tune_cpu()
         return predict(*arguments[1:])
     run_stage(finetune, FinetuneConfig, arguments)
 
