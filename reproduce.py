@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data import InputError, cli
+from pretrain import write_text
 
 ROOT = Path(__file__).parent
 
@@ -235,11 +236,16 @@ def keep(study, run):
         "curve_val": [record for record in log if record["split"] == "val"],
         "molecules_per_s": rates[len(rates) // 2] if rates else None,
     }
+    how = result["analyses"] = {}
     for key, (_, file, inner) in analyses(study, run).items():
-        result[key] = json.loads((ROOT / file).read_text())[inner]
+        found = json.loads((ROOT / file).read_text())
+        result[key] = found[inner]
+        how[key] = {name: found[name] for name in ("command", "commit", "settings") if name in found}
+        if inner == "summary":  # of lipschitz.py: beside it the LLC of each molecule
+            how[key]["llc"] = {name: list(one["llc"].values())[-1] for name, one in found["checkpoints"].items()}
     path = ROOT / "results" / study / f"{run}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 # the control's arms that a study is to be compared with
