@@ -10,14 +10,16 @@ to run it again.
 """
 
 import json
+import math
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data import InputError, cli
-from pretrain import write_text
+from pretrain import fitting, write_atomically, write_text
 
 ROOT = Path(__file__).parent
 
@@ -252,22 +254,23 @@ def keep(study, run):
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), ("coord_rms", "georecon_rms"))
 
 
+def read_result(study, run):
+    """results/STUDY/<run>.json; refused if its table cannot be made of it, or it is of another run or command."""
+    path = ROOT / "results" / study / f"{run}.json"
+    with fitting(f"{path} is no result of this run, delete it and run the study again"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        made_by = (result["study"], result["run"], result["command"].removesuffix(" resume=true"))
+        if made_by != (study, run, shlex.join([*STUDIES[study][run], f"out_dir=out/{study}/{run}"])):
+            raise ValueError(f"it was made by another command, {result['command']}")
+        list(table(study, [result]))
+        result["seed"], result["commit"], f"{result['steps']:,}", [record["step"] for record in result["curve_val"]]
+    return result
+
+
 def read_results(study):
     """What is finished of a study, after what it is to be compared with."""
-    results = []
-    others = [f"control/{run}" for run in STUDIES["control"] if run.rpartition("_")[0] in BESIDE.get(study, ())]
-    for name in others + [f"{study}/{run}" for run in STUDIES[study]]:
-        path = ROOT / "results" / f"{name}.json"
-        if not path.exists():
-            continue
-        try:
-            result = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path} is cut off: delete it and run the study again") from None
-        results.append(result)
-    if all(result["study"] != study for result in results):
-        raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
-    return results
+    others = [("control", run) for run in STUDIES["control"] if run.rpartition("_")[0] in BESIDE.get(study, ())]
+    return [read_result(*name) for name in others + [(study, run) for run in STUDIES[study]] if finished(*name)]
 
 
 def by_task(results):
@@ -280,11 +283,17 @@ def by_task(results):
     return tasks
 
 
-def table(results):
+def kind_of(study):
+    """What its table and figure are of."""
+    run, command = next(iter(STUDIES[study].items()))
+    return "smoothness" if analyses(study, run) else "errors" if command[0] == "finetune.py" else "losses"
+
+
+def table(study, results):
     """Lines of the README's table: an arm of a study of smoothness a line, a test figure of fine-tuning, or a run."""
-    if "smoothness" in results[-1]:
+    if kind_of(study) == "smoothness":
         yield from smoothness_table(results)
-    elif "target" in results[-1]:
+    elif kind_of(study) == "errors":
         yield from errors_table(results)
     else:
         names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
@@ -366,18 +375,18 @@ def smoothness_table(results):
         yield f"| {arm} | {' | '.join(cells)} |"
 
 
-def draw(study):
+def draw(study, results):
     """results/STUDY/<kind>.png, from the study's JSON."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         raise InputError("drawing needs matplotlib: pip install matplotlib") from None
-    results = read_results(study)
-    if "smoothness" in results[-1]:
-        kind = draw_arms if study in BESIDE else draw_smoothness
-    else:
-        kind = draw_errors if "target" in results[-1] else draw_losses
-    kind(plt, results, ROOT / "results" / study)
+    kinds = {"smoothness": draw_arms if study in BESIDE else draw_smoothness, "errors": draw_errors}
+    kinds.get(kind_of(study), draw_losses)(plt, results, ROOT / "results" / study)
+
+
+def save(figure, path, dpi=110):
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
 
 
 def draw_smoothness(plt, results, folder):
@@ -413,7 +422,7 @@ def draw_smoothness(plt, results, folder):
     axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes[:, 0]:
         axis.set_ylabel("median LLC, 1/angstrom")
-    figure.savefig(folder / "smoothness.png", dpi=110)
+    save(figure, folder / "smoothness.png")
 
 
 def draw_arms(plt, results, folder):
@@ -425,8 +434,8 @@ def draw_arms(plt, results, folder):
     for axis, drawn in zip(axes, (*panels, [("H, ridge, meV", "o", "black")]), strict=True):
         for name, marker, color in drawn:
             points = [(SMOOTHNESS[name](run), place) for place, runs in enumerate(arms.values()) for run in runs]
-            x, y = zip(*((value, place) for value, place in points if value is not None), strict=True)
-            axis.plot(x, y, marker, color=color, ms=5, label=name, fillstyle="none")
+            x = [math.nan if value is None else value for value, _ in points]  # not every arm has each figure
+            axis.plot(x, [place for _, place in points], marker, color=color, ms=5, label=name, fillstyle="none")
         axis.grid(axis="y", color="0.9")
     use, smooth, readout = axes
     use.set(xscale="log", xlabel="rise of the rec loss, %, with another g")
@@ -439,7 +448,7 @@ def draw_arms(plt, results, folder):
     readout.set(xlabel="linear readout of H, error in meV")
     use.set_yticks(range(len(arms)), list(arms))
     use.invert_yaxis()
-    figure.savefig(folder / "arms.png", dpi=110)
+    save(figure, folder / "arms.png")
 
 
 def draw_errors(plt, results, folder):
@@ -463,7 +472,7 @@ def draw_errors(plt, results, folder):
     pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat[: len(tasks)])
     labelled = {label: handle for found in pairs for handle, label in found}
     axes[0, 0].legend(labelled.values(), labelled.keys(), frameon=False)
-    figure.savefig(folder / "errors.png", dpi=110)
+    save(figure, folder / "errors.png")
 
 
 def draw_losses(plt, results, folder):
@@ -494,13 +503,15 @@ def draw_losses(plt, results, folder):
     clean.set(xlabel="step", yscale="log", title="validation loss: clean")
     use.set(xlabel="step", ylim=(-0.1, 2), title="rise of rec, %, with a wrong graph emb.")
     losses.legend(frameon=False)
-    figure.savefig(folder / "loss.png", dpi=120)
+    save(figure, folder / "loss.png", dpi=120)
 
 
 def main(arguments):
     if not arguments:
         for study, runs in STUDIES.items():
             print(f"{study}: {sum(finished(study, run) for run in runs)} of {len(runs)} runs done: {', '.join(runs)}")
+        for study in STUDIES:
+            read_results(study)
         return
     study, options = arguments[0], arguments[1:]
     if study not in STUDIES:
@@ -512,12 +523,16 @@ def main(arguments):
             raise InputError(f"argument {option!r}: after the study comes draw, or jobs=N", code=2)
         jobs = int(value) if key == "jobs" else jobs
     if "draw" not in options:
+        read_results(study)  # what is there must be whole before hours go into the rest
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda run: execute(study, run, max(1, os.cpu_count() // jobs)), STUDIES[study]))
         if missing := [run for run in STUDIES[study] if not finished(study, run)]:
             raise InputError(f"{len(missing)} of {len(STUDIES[study])} runs are not finished: {', '.join(missing)}")
-    print("\n".join(table(read_results(study))))
-    draw(study)
+    results = read_results(study)
+    if all(result["study"] != study for result in results):
+        raise InputError(f"results/{study} holds no results: run `python reproduce.py {study}` first")
+    print("\n".join(table(study, results)))
+    draw(study, results)
 
 
 if __name__ == "__main__":

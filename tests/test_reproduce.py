@@ -1,0 +1,127 @@
+"""What reproduce.py keeps of a run, what it draws of it, and that a damaged result is one line."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+import reproduce
+from data import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder where results/control is what is committed, and the only results."""
+    shutil.copytree(ROOT / "results/control", tmp_path / "results/control")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    return tmp_path
+
+
+def state(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_result_is_of_a_run_of_its_study(capsys):
+    """Of that name and command: read_results refuses others."""
+    for study, runs in reproduce.STUDIES.items():
+        there = {path.stem for path in (ROOT / "results" / study).glob("*.json")}
+        read = [result["run"] for result in reproduce.read_results(study) if result["study"] == study]
+        assert there == set(read) <= set(runs) and there
+    reproduce.main([])
+    assert "control: 18 of 18 runs done" in capsys.readouterr().out
+
+
+def test_drawing_makes_the_figure_and_leaves_the_results(place, capsys):
+    pytest.importorskip("matplotlib")
+    figure = place / "results/control/smoothness.png"
+    figure.unlink()
+    before = state(place)
+    reproduce.main(["control", "draw"])
+    assert figure.stat().st_size > 20_000 and figure.read_bytes().startswith(b"\x89PNG")
+    figure.unlink()
+    assert state(place) == before
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 9  # an arm a line
+
+
+def test_an_arm_without_g_is_drawn_alone(place):
+    """No figure for two of three panels."""
+    pytest.importorskip("matplotlib")
+    shutil.rmtree(place / "results/control")
+    (place / "results/graph_embedding").mkdir()
+    shutil.copy(ROOT / "results/graph_embedding/thermal_no_g_s1.json", place / "results/graph_embedding")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reproduce.main(["graph_embedding", "draw"])
+    assert (place / "results/graph_embedding/arms.png").exists()
+
+
+DAMAGE = {
+    **{"cut": lambda text, _: text[:999], "list": lambda *_: "[]", "empty": lambda *_: "{}", "null": lambda *_: "null"},
+    **{
+        f"no {key}": lambda _, result, key=key: json.dumps({k: v for k, v in result.items() if k != key})
+        for key in (
+            "study",
+            "run",
+            "command",
+            "smoothness",
+            "noised_0.04",
+            "graph_embedding",
+            "val",
+            "curve_val",
+            "seed",
+        )
+    },
+    "of another run": lambda _, result: json.dumps(result | {"run": "coord_rms_s2"}),
+    "of another command": lambda _, result: json.dumps(result | {"command": result["command"] + " lr=1"}),
+    "without a step": lambda _, result: json.dumps(result | {"smoothness": {}}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_result_is_one_line(place, damage):
+    """Neither a wrong figure, nor hours of runs before it is said."""
+    path = place / "results/control/rec_only_whiten_s2.json"  # the last of the study
+    text = path.read_text()
+    path.write_text(DAMAGE[damage](text, json.loads(text)))
+    before = state(place)
+    for arguments in ([], ["control"], ["control", "draw"]):
+        with pytest.raises(InputError, match="rec_only_whiten_s2.json .*delete it and run") as caught:
+            reproduce.main(arguments)
+        assert "\n" not in str(caught.value) and state(place) == before
+
+
+def test_a_fine_tuning_result_without_its_errors_is_one_line(place):
+    (place / "results/thermal").mkdir()
+    result = json.loads((ROOT / "results/thermal/aspirin_coord_s1.json").read_text())
+    del result["test"]
+    (place / "results/thermal/aspirin_coord_s1.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="aspirin_coord_s1.json .*lacks the key 'test'"):
+        reproduce.main(["thermal", "draw"])
+
+
+def test_what_is_kept_says_how_it_was_measured(place):
+    """And of the LLC a figure a molecule; it is read as the results of before."""
+    path = place / "results/control/coord_rms_s1.json"
+    expected = json.loads(path.read_text())
+    path.unlink()
+    out = reproduce.folder("control", "coord_rms_s1")
+    out.mkdir(parents=True)
+    (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in expected["curve_val"]))
+    (out / "metrics.json").write_text(json.dumps({k: v for k, v in expected.items() if k not in ("study", "run")}))
+    for key, (_, file, inner) in reproduce.analyses("control", "coord_rms_s1").items():
+        made_by = {"command": key, "commit": "abc", "settings": {"num_molecules": 2}}
+        found = {inner: expected[key], "checkpoints": {"last": {"llc": {"15": [1.0, 2.0]}}}} | {inner: expected[key]}
+        (place / file).parent.mkdir(parents=True)
+        (place / file).write_text(json.dumps(found | made_by))
+    reproduce.keep("control", "coord_rms_s1")
+    kept = json.loads(path.read_text())
+    assert kept["analyses"].keys() == {"smoothness", "noised_0.01", "noised_0.04", "graph_embedding", "probe_H"}
+    assert kept["analyses"]["smoothness"] == {
+        **{"command": "smoothness", "commit": "abc", "settings": {"num_molecules": 2}, "llc": {"last": [1.0, 2.0]}}
+    }
+    assert "llc" not in kept["analyses"]["probe_H"]
+    assert kept["smoothness"] == expected["smoothness"] and reproduce.read_result("control", "coord_rms_s1") == kept
