@@ -385,7 +385,13 @@ def draw(study, results):
     kinds.get(kind_of(study), draw_losses)(plt, results, ROOT / "results" / study)
 
 
-def save(figure, path, dpi=110):
+def save(figure, path, results, dpi=110):
+    """Write it, below it the seeds, steps and commits that it is of."""
+    rows = ((f"{result['seed']}", f"{result['steps']:,}", f"{result['commit']}") for result in results)
+    seeds, steps, commits = (list(dict.fromkeys(column)) for column in zip(*rows, strict=True))
+    commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
+    made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
+    figure.supxlabel(made_by, fontsize=7, color="0.4")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
 
 
@@ -398,7 +404,7 @@ def draw_smoothness(plt, results, folder):
         columns.setdefault(column, {})[label] = runs
     size = {"figsize": (1.2 + 3.2 * len(columns), 6.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(2, len(columns), **size)
-    markers, colors = "osv^Dx+*<", ("tab:orange", "black", "tab:blue", "0.6", "tab:green", "tab:red")
+    markers, colors = "osv^D<>ph", ("tab:orange", "black", "tab:blue", "0.6", "tab:green", "tab:red")
     labels = list(dict.fromkeys(label for arms in columns.values() for label in arms))
     for column, (norms, arms) in enumerate(columns.items()):
         over_steps, over_noise = axes[:, column]
@@ -406,23 +412,23 @@ def draw_smoothness(plt, results, folder):
             k = labels.index(label)
             style = {"marker": markers[k % 9], "color": colors[k % 6], "lw": 1.2, "ms": 4}
             for run in runs:
-                style["label"] = label if run is runs[0] else None
+                style |= {"label": label if run is runs[0] else None, "fillstyle": ("full", "none")[run["seed"] > 1]}
                 over_steps.plot([found["llc"]["median"] for found in run["smoothness"].values()], **style)
                 noised = [
                     at_end(run, kind)["llc"]["median"] for kind in ("smoothness", *map("noised_{}".format, NOISES))
                 ]
                 over_noise.plot(noised, **style)
                 tail = [found["llc"]["p95"] for found in run["smoothness"].values()]
-                over_steps.plot(tail, ":", color=style["color"], lw=0.8)
+                over_steps.plot(tail, **style | {"ls": ":", "lw": 0.8, "ms": 2.5, "label": None})
         steps = [name.rpartition("_")[2] for name in run["smoothness"]]
         over_steps.set_xticks(range(len(steps)), steps)
         over_noise.set_xticks(range(1 + len(NOISES)), ["0", *map(str, NOISES)])
         over_steps.set(yscale="log", xlabel="step", title=f"{norms} (dotted: p95)".strip())
         over_noise.set(yscale="log", xlabel="noise on the geometry, \u00c5 (last step)")
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="filled: seed 1")
     for axis in axes[:, 0]:
         axis.set_ylabel("median LLC, 1/angstrom")
-    save(figure, folder / "smoothness.png")
+    save(figure, folder / "smoothness.png", results)
 
 
 def draw_arms(plt, results, folder):
@@ -448,7 +454,7 @@ def draw_arms(plt, results, folder):
     readout.set(xlabel="linear readout of H, error in meV")
     use.set_yticks(range(len(arms)), list(arms))
     use.invert_yaxis()
-    save(figure, folder / "arms.png")
+    save(figure, folder / "arms.png", results)
 
 
 def draw_errors(plt, results, folder):
@@ -472,7 +478,7 @@ def draw_errors(plt, results, folder):
     pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat[: len(tasks)])
     labelled = {label: handle for found in pairs for handle, label in found}
     axes[0, 0].legend(labelled.values(), labelled.keys(), frameon=False)
-    save(figure, folder / "errors.png")
+    save(figure, folder / "errors.png", results)
 
 
 def draw_losses(plt, results, folder):
@@ -503,7 +509,7 @@ def draw_losses(plt, results, folder):
     clean.set(xlabel="step", yscale="log", title="validation loss: clean")
     use.set(xlabel="step", ylim=(-0.1, 2), title="rise of rec, %, with a wrong graph emb.")
     losses.legend(frameon=False)
-    save(figure, folder / "loss.png", dpi=120)
+    save(figure, folder / "loss.png", results, dpi=120)
 
 
 def main(arguments):
