@@ -16,7 +16,9 @@ Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per mole
 import json
 import math
 import os
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -59,6 +61,8 @@ class LipschitzConfig:
     def __post_init__(self):
         if not self.iterations:
             raise ValueError("iterations is empty: name one number or more, as in 5,15,25")
+        if self.position_noise_scale > 10:  # no geometry is left, and squares of numbers as large overflow
+            raise ValueError(f"position_noise_scale = {self.position_noise_scale}: must be at most 10 angstrom")
 
 
 # ---------------------------------------------------------------- the Jacobian and its norm
@@ -342,6 +346,8 @@ def check_elements(molecules, index, encoders):
 
 def names_of(paths):
     """What tells checkpoints apart in a table: their paths, less what all have in common."""
+    if unnamed := [path for path in paths if not Path(path).name]:
+        raise InputError(f"'{unnamed[0]}' is no file: name a checkpoint, such as out/demo/encoder.pt", code=2)
     parts = [Path(path).with_suffix("").parts for path in paths]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
@@ -353,14 +359,23 @@ def names_of(paths):
     return names
 
 
-def new_file(folder, name):
-    """The path of a result that is going to be written; refused if it is there already, or cannot be."""
-    path = Path(folder) / name
-    there = next(parent for parent in path.parents if parent.exists())
-    if path.exists() or not (there.is_dir() and os.access(there, os.W_OK)):
-        reason = "exists: remove it" if path.exists() else f"cannot be written, {there} is no folder to write in"
-        raise InputError(f"{path} {reason}, or choose another out_dir=")
-    return path
+def new_file(folder, *names):
+    """The path of the first of the results that are going to be written; refused if one is there, or cannot be."""
+    folder = Path(folder)
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise InputError(f"{folder / name} exists: remove it, or choose another out_dir=")
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:  # before hours of measuring; what is measured may still be refused, so no folder is left behind
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made or written to ({error.strerror}): choose another out_dir=") from None
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+    return folder / names[0]
 
 
 def write_result(path, result):
@@ -376,7 +391,7 @@ def main(arguments):
     if not paths:
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
     names = names_of(paths)
-    path = new_file(config.out_dir, "lipschitz.json")
+    path = new_file(config.out_dir, "lipschitz.json", "lipschitz.png", "lipschitz.svg")
     tune_cpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made_by, began = provenance(device, 1), time.perf_counter()

@@ -371,8 +371,14 @@ BAD = [
     (["broken"], "no torch file"),
     (["E", "iterations="], "iterations is empty"),
     (["E", "./E"], "cannot be told apart"),
-    (["E", "out_dir=broken"], "broken is no folder"),
+    (["E", "out_dir=broken"], "broken cannot be made or written to"),
     (["small", "num_molecules=50"], "a model knows those below 8"),
+    ([""], "'' is no file"),
+    (["E", "."], "'.' is no file"),
+    (["/"], "'/' is no file"),
+    (["E", "out_dir=new/broken/../../broken/a"], "cannot be made or written to"),
+    (["E", "out_dir=drawn"], "lipschitz.svg exists"),
+    (["E", "position_noise_scale=1e308"], "at most 10"),
 ]
 
 
@@ -382,6 +388,8 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
     torch.save(save_encoder(encoder().float()), "E")
     torch.save(save_encoder(encoder(max_z=8).float()), "small")
     Path("broken").write_bytes(b"PK\x03\x04 cut off")
+    Path("drawn").mkdir()
+    Path("drawn/lipschitz.svg").symlink_to("nowhere")
     before = sorted(os.listdir())
     given = arguments if any("data=" in a for a in arguments) else [*arguments, f"data={QM9}"]
     with pytest.raises(InputError, match=words):
