@@ -232,12 +232,14 @@ def study(paths, config):
     formulas = [tuple(row) for row in known.composition]
     batches = validation_batches(molecules, index, config.batch_size)
     results = {}
-    for name, (method, settings) in zip(names_of(paths), methods, strict=True):
+    for path, name, (method, settings) in zip(paths, names_of(paths), methods, strict=True):
         clean, noised, starts = encode_all(method, settings, batches)
         results[name] = hold(clean, noised, known, formulas)
         if hasattr(method, "decoder") and settings.decoder_graph_emb:
             rng = np.random.default_rng(config.seed)
             results[name] |= use(method, settings, starts, clean, known.size.tolist(), formulas, rng)
+        if not all(math.isfinite(value) for value in results[name].values() if value is not None):
+            raise InputError(f"{path}: its figures are not finite: go back to an earlier step_<n>.pt")
     return results
 
 

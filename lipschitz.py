@@ -169,7 +169,9 @@ def exact_norms(encoder, z, pos, batch, num_molecules, scale):
         ]
         J = torch.stack(columns, dim=1)  # (F, 3 n)
         J = J - J @ motions @ motions.T
-        found.append(torch.stack([torch.linalg.matrix_norm(J / s.unsqueeze(1), 2) for s in scale]))
+        finite = J if J.isfinite().all() else torch.zeros_like(J)  # its decomposition would fail
+        norms = torch.stack([torch.linalg.matrix_norm(finite / s.unsqueeze(1), 2) for s in scale])
+        found.append(norms if finite is J else norms * torch.nan)
     return torch.stack(found)  # (B, number of scales)
 
 
@@ -268,7 +270,8 @@ def quantiles(found):
 def mean_curve(found):
     """Of Fig. 2, over the molecules that have one: (S,)."""
     curves = np.array(found["sensitivity"])  # (M, S)
-    return curves[np.isfinite(curves).all(1)].mean(0)
+    finite = curves[np.isfinite(curves).all(1)]
+    return finite.mean(0) if len(finite) else curves[0] * math.nan
 
 
 def summarise(found):
@@ -285,9 +288,10 @@ def summarise(found):
 def table(results):
     """Lines of the table, an encoder a row."""
     steps = list(next(iter(results.values()))["llc"])
-    width = max(map(len, results)) + 2
+    what = "LLC, 1/angstrom"
+    width = max(map(len, [what, *results])) + 2
     head = "".join(f"{f'median {step}':>12}{f'p95 {step}':>10}" for step in steps)
-    yield f"{'LLC, 1/angstrom':<{width}}{head}{'max':>10}{'LLC/|h|':>10}{'standard.':>10}{'not finite':>12}"
+    yield f"{what:<{width}}{head}{'max':>10}{'LLC/|h|':>10}{'standard.':>10}{'not finite':>12}"
     for name, found in results.items():
         columns = [quantiles(found["llc"][step]) for step in steps]
         cells = "".join(f"{c['median']:>12.4g}{c['p95']:>10.4g}" for c in columns)

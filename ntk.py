@@ -45,6 +45,8 @@ def load_step(path):
             key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")
         }
         model.load_state_dict(weights)
+        if not model.std > 0 or type(content["step"]) is bool or content["step"] < 0:
+            raise ValueError(f"its std is {model.std.item()}, its step {content['step']}")
     run = {key: value for key, value in flatten(content["config"]).items() if key not in FREE_TO_CHANGE}
     return model.double(), config, content["step"], run | {"data_sha256": content["data_sha256"]}
 
@@ -89,9 +91,9 @@ def linearisation(models, z, pos, batch, y):
 
 def compare(paths, config):
     """-> {step: figures} of a fine-tuning run's checkpoints, the first of which is theta_0, and their target."""
-    loaded = sorted((load_step(path) for path in paths), key=lambda entry: entry[2])
+    loaded = sorted(((*load_step(path), path) for path in paths), key=lambda entry: entry[2])
     models, steps = [entry[0] for entry in loaded], [entry[2] for entry in loaded]
-    if len(set(steps)) < max(2, len(steps)) or any(run != loaded[0][3] for *_, run in loaded):
+    if len(set(steps)) < max(2, len(steps)) or any(run != loaded[0][3] for *_, run, _ in loaded):
         raise InputError("ntk compares two or more different steps of one run: name its step_<n>.pt", code=2)
     molecules, index = choose(config)
     check_elements(molecules, index, [models[0].encoder])
@@ -101,8 +103,11 @@ def compare(paths, config):
     rest = torch.from_numpy(molecules.label(target)[index]) - models[0].restore(torch.zeros(len(index)), z, batch)
     if not rest.isfinite().all():
         raise InputError(f"{molecules.path}: {target} is not finite everywhere: look at it with data.py info")
-    rows = linearisation(models, z, pos, batch, rest / models[0].std)
-    return dict(zip(steps, rows, strict=True)), target
+    rows = dict(zip(steps, linearisation(models, z, pos, batch, rest / models[0].std), strict=True))
+    for row, (*_, path) in zip(rows.values(), loaded, strict=True):
+        if not all(map(math.isfinite, row.values())):
+            raise InputError(f"{path}: its figures are not finite: leave that step out")
+    return rows, target
 
 
 def table(rows):

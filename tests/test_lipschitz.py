@@ -296,6 +296,44 @@ def test_geometries_may_be_noised(runs, tmp_path):
     assert not np.allclose(clean["llc"]["25"], noised["llc"]["25"], rtol=1e-3)
 
 
+def scaled(path, factor, out):
+    """A copy of a checkpoint, every weight times factor."""
+    content = torch.load(path, weights_only=True)
+    weights = {k: v * factor if v.is_floating_point() else v for k, v in content["state_dict"].items()}
+    torch.save({**content, "state_dict": weights}, out)
+    return str(out)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_figures_that_are_not_finite_are_null_or_refused(runs, tmp_path):
+    huge = scaled(runs / "georecon/last.pt", 1e30, tmp_path / "huge.pt")
+    few = [f"data={QM9}", "num_molecules=2"]
+    for exact in ("false", "true"):
+        lipschitz.main([huge, *few, f"out_dir={tmp_path}/{exact}", f"exact={exact}"])
+        text = (tmp_path / exact / "lipschitz.json").read_text()
+        found = json.loads(text, parse_constant=pytest.fail)["summary"].popitem()[1]
+        assert found["llc"] == {"median": None, "p95": None, "max": None, "not_finite": 2}
+        assert set(found["sensitivity"]) == {None}
+    with pytest.raises(InputError, match="huge.pt: its figures are not finite"):
+        graph_embedding.main([huge, f"data={QM9}", "num_molecules=20", f"out_dir={tmp_path}/a"])
+    step = scaled(runs / "gap/step_2.pt", 1e30, tmp_path / "step_2.pt")
+    with pytest.raises(InputError, match="step_2.pt: its figures are not finite"):
+        ntk.main([str(runs / "gap/step_0.pt"), step, *few, f"out_dir={tmp_path}/a"])
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": -1}, {"step": True}, {"std": 0.0}, {"std": -1.0}, {"std": np.inf}], ids=str
+)
+def test_a_step_that_is_none_is_refused(runs, tmp_path, change):
+    content = torch.load(runs / "gap/step_2.pt", weights_only=True)
+    if "std" in change:
+        content["state_dict"]["model.std"].fill_(change["std"])
+    torch.save(content | {k: v for k, v in change.items() if k == "step"}, tmp_path / "wrong.pt")
+    with pytest.raises(InputError, match="wrong.pt.*std"):
+        ntk.main([str(runs / "gap/step_0.pt"), str(tmp_path / "wrong.pt"), f"data={QM9}", f"out_dir={tmp_path}/a"])
+
+
 def test_table_8(runs, tmp_path, capsys):
     steps = [str(path) for path in sorted((runs / "gap").glob("step_*.pt"))]
     ntk.main([*steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
