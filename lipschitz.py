@@ -299,8 +299,8 @@ def table(results):
         yield f"{name:<{width}}{cells}{columns[-1]['max']:>10.4g}{free}{columns[-1]['not_finite']:>12}"
 
 
-def draw(results, folder):
-    """lipschitz.png and .svg: the share of molecules below an LLC, and Figure 2."""
+def draw(results, folder, made_of):
+    """lipschitz.png and .svg: the share of molecules below an LLC, and Figure 2; below them what they are made of."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
@@ -320,6 +320,7 @@ def draw(results, folder):
     if limits and max(limits) > 100 * min(limits):
         left.set_xscale("log")
     left.legend(frameon=False, fontsize=8)
+    figure.supxlabel(made_of, fontsize=7, color="0.4", parse_math=False)
     for kind in ("png", "svg"):
         write_atomically(
             folder / f"lipschitz.{kind}", lambda path, kind=kind: figure.savefig(path, dpi=130, format=kind)
@@ -383,11 +384,9 @@ def new_file(folder, *names):
 
 
 def write_result(path, result):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
-    write_text(path, json.dumps(result, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def main(arguments):
@@ -409,7 +408,7 @@ def main(arguments):
     result = {"summary": {name: summarise(one) for name, one in found.items()}, "checkpoints": found}
     result |= {"molecules": index.tolist(), "displacements": DISPLACEMENTS, "settings": asdict(config)}
     write_result(path, result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
-    draw(found, path.parent)
+    draw(found, path.parent, f"{config.data}, {len(index)} molecules, commit {made_by['commit']}")
     print(f"{time.perf_counter() - began:.0f} s; wrote {path}")
 
 

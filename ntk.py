@@ -120,7 +120,9 @@ def table(rows):
         inside = [row for step, row in rows.items() if start < step <= start + width]
         if inside:
             means = "".join(f"{sum(row[name] for row in inside) / len(inside):>20.4f}" for name in names)
-            yield f"{f'{start}-{start + width}':<12}{means}"
+            yield f"{f'{start}-{min(start + width, steps[-1])}':<12}{means}"
+    if steps[0]:
+        yield f"the linearisation is at step {steps[0]}; Table 8's is at the pretrained weights, step 0"
 
 
 def main(arguments):

@@ -334,6 +334,19 @@ def test_a_step_that_is_none_is_refused(runs, tmp_path, change):
         ntk.main([str(runs / "gap/step_0.pt"), str(tmp_path / "wrong.pt"), f"data={QM9}", f"out_dir={tmp_path}/a"])
 
 
+def test_bins_of_table_8_end_with_the_last_step():
+    lines = list(ntk.table(dict.fromkeys((0, 20), {"prediction": 1.0})))
+    assert [line.split()[0] for line in lines] == ["steps", "14-20"]
+    lines = list(ntk.table(dict.fromkeys((50, 100, 200), {"prediction": 1.0})))
+    assert [line.split()[0] for line in lines[:3]] == ["steps", "50-150", "150-200"] and "is at step 50" in lines[3]
+
+
+def test_columns_do_not_touch():
+    found = {"llc": {"exact": [1.0]}, "llc_by_norm": [1.0], "llc_standardised": [1.0]}
+    head, row = lipschitz.table({"last": found})
+    assert "LLC, 1/angstrom " in head and len(head) == len(row)
+
+
 def test_table_8(runs, tmp_path, capsys):
     steps = [str(path) for path in sorted((runs / "gap").glob("step_*.pt"))]
     ntk.main([*steps, f"data={QM9}", "num_molecules=10", f"out_dir={tmp_path}"])
