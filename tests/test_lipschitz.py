@@ -48,6 +48,7 @@ def batch_of(*molecules):
 
 WATER = ([8, 1, 1], [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]])
 ACETYLENE = ([6, 6, 1, 1], [[0, 0, 0.601], [0, 0, -0.601], [0, 0, 1.665], [0, 0, -1.665]])
+HYDROGEN_CYANIDE = ([1, 6, 7], [[0, 0, -1.065], [0, 0, 0], [0, 0, 1.156]])
 ATOM = ([2], [[1.0, 2.0, 3.0]])
 
 
@@ -119,6 +120,15 @@ def test_iterated_norms_equal_the_exact_ones_of_trained_encoders(name):
     assert agreement(trained.double().requires_grad_(False), spread(50)) < 1e-3
 
 
+def test_iterated_norms_equal_the_exact_ones_of_a_trained_encoder_on_small_molecules():
+    trained, _ = finetune.read_encoder(str(ROOT / "results/encoders/georecon_s1.pt"), ModelConfig())
+    smallest = np.argsort(np.diff(Molecules(QM9).ptr), kind="stable")[:3]
+    part, ones = batch_of(WATER, HYDROGEN_CYANIDE, *real(smallest)), torch.ones(64, dtype=torch.float64)
+    trained = trained.double().requires_grad_(False)
+    exact = constants(trained, part, ones, replace(CONFIG, exact=True))["exact"]
+    assert torch.allclose(constants(trained, part, ones, CONFIG)[25], exact, rtol=1e-9, atol=0)
+
+
 def test_the_smallest_molecules():
     """Three atoms have 3 directions, fewer than the iterations; one atom has none."""
     part = batch_of(WATER, ACETYLENE, ATOM)
@@ -127,15 +137,31 @@ def test_the_smallest_molecules():
     assert torch.allclose(found, exact, rtol=1e-9) and found[2] == 0 and (found[:2] > 1e-3).all()
 
 
-def test_turning_moving_and_renumbering_a_molecule_change_nothing():
-    z, pos, batch, num, _ = part = batch_of(WATER, ACETYLENE)
-    ones = torch.ones(16, dtype=torch.float64)
-    expected = constants(encoder(), part, ones, CONFIG)[25]
-    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
-    order = torch.tensor([2, 0, 1, 5, 3, 6, 4])
+NORMS = {
+    "public": {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "whiten"},
+    "rms": {},
+    "whiten": {"vec_norm_layer": "whiten", "vec_norm_out": "whiten"},
+}
+
+
+def real(index):
+    """(z, pos) of molecules of the demo file."""
+    read = [Molecules(QM9).read([m]) for m in index]
+    return [(arrays["z"].tolist(), arrays["pos"].tolist()) for arrays in read]
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_turning_moving_and_renumbering_a_molecule_change_nothing(norms):
+    """Nor does the direction that the iteration starts from: it has converged."""
+    part = z, pos, batch, num, _ = batch_of(WATER, ACETYLENE, *real(spread(6)))
+    generator, ones = torch.Generator().manual_seed(1), torch.ones(16, dtype=torch.float64)
+    expected = constants(encoder(**NORMS[norms]), part, ones, CONFIG)[25]
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))[0]
+    order = torch.argsort(batch + 0.9 * torch.rand(len(z), generator=generator))  # within each molecule
     moved = (pos @ rotation.T + torch.tensor([3.0, -7, 1]))[order]
-    other = torch.randn(pos.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose(constants(encoder(), (z[order], moved, batch, num, other), ones, CONFIG)[25], expected)
+    other = torch.randn(pos.shape, dtype=torch.float64, generator=generator)
+    found = constants(encoder(**NORMS[norms]), (z[order], moved, batch, num, other), ones, CONFIG)[25]
+    assert torch.allclose(found, expected, rtol=1e-11, atol=0)
 
 
 def test_molecules_that_do_not_differ_and_numbers_that_are_none():
