@@ -255,15 +255,16 @@ BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), ("coord_rms", 
 
 
 def read_result(study, run):
-    """results/STUDY/<run>.json; refused if its table cannot be made of it, or it is of another run or command."""
+    """results/STUDY/<run>.json; refused if it lacks what tables and figures take, or is of another run or command."""
     path = ROOT / "results" / study / f"{run}.json"
     with fitting(f"{path} is no result of this run, delete it and run the study again"):
         result = json.loads(path.read_text(encoding="utf-8"))
         made_by = (result["study"], result["run"], result["command"].removesuffix(" resume=true"))
         if made_by != (study, run, shlex.join([*STUDIES[study][run], f"out_dir=out/{study}/{run}"])):
             raise ValueError(f"it was made by another command, {result['command']}")
-        list(table(study, [result]))
-        result["seed"], result["commit"], f"{result['steps']:,}", [record["step"] for record in result["curve_val"]]
+        list(table(study, [result])), f"{result['seed']:d}, {result['steps']:,}", result["commit"], result["val"].keys()
+        [record[name] / 1 for record in result["curve_val"] for name in set().union(*result["curve_val"]) - {"split"}]
+        [(found["llc"]["median"], found["llc"]["p95"]) for found in result.get("smoothness", {}).values()]
     return result
 
 
@@ -472,7 +473,7 @@ def draw_errors(plt, results, folder):
                 axis.plot(*zip(*points, strict=True), ls=line, color=color, lw=1.2, label=None if k else start)
             if f"{name}_ridge" in run["val"]:
                 axis.axhline(run["val"][f"{name}_ridge"], color=color, ls=line, lw=0.5)
-        axis.set(xlabel="step", yscale="log", title=f"{task}: {name}\n{run['units'][name]}, validation")
+        axis.set(xlabel="step", yscale="log", title=f"{task}: {name}\n{run['units'].get(name, '')}, validation")
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
     pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat[: len(tasks)])
@@ -516,7 +517,6 @@ def main(arguments):
     if not arguments:
         for study, runs in STUDIES.items():
             print(f"{study}: {sum(finished(study, run) for run in runs)} of {len(runs)} runs done: {', '.join(runs)}")
-        for study in STUDIES:
             read_results(study)
         return
     study, options = arguments[0], arguments[1:]

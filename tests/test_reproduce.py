@@ -77,6 +77,7 @@ DAMAGE = {
     },
     "of another run": lambda _, result: json.dumps(result | {"run": "coord_rms_s2"}),
     "of another command": lambda _, result: json.dumps(result | {"command": result["command"] + " lr=1"}),
+    "a step without LLC": lambda _, result: json.dumps(result | {"smoothness": result["smoothness"] | {"step_0": {}}}),
     "without a step": lambda _, result: json.dumps(result | {"smoothness": {}}),
 }
 
@@ -94,12 +95,13 @@ def test_a_damaged_result_is_one_line(place, damage):
         assert "\n" not in str(caught.value) and state(place) == before
 
 
-def test_a_fine_tuning_result_without_its_errors_is_one_line(place):
+@pytest.mark.parametrize("key", ["test", "val", "steps", "forces_mae"])
+def test_a_fine_tuning_result_without_its_errors_is_one_line(place, key):
     (place / "results/thermal").mkdir()
     result = json.loads((ROOT / "results/thermal/aspirin_coord_s1.json").read_text())
-    del result["test"]
+    (result["curve_val"][1] if key == "forces_mae" else result).pop(key)
     (place / "results/thermal/aspirin_coord_s1.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match="aspirin_coord_s1.json .*lacks the key 'test'"):
+    with pytest.raises(InputError, match=f"aspirin_coord_s1.json .*lacks the key '{key}'"):
         reproduce.main(["thermal", "draw"])
 
 
