@@ -345,13 +345,13 @@ def run(command, what, **options):
 ALONE = "GEORECON_BENCHMARK_ALONE"  # in a process of our own: what it is to measure
 
 
-def alone(workload, contender, allocator, settings, rounds):
+def alone(workload, contender, allocator, settings, rounds, **environment):
     """One contender in a process of its own, with our allocator settings or the default's -> seconds, MiB it adds.
 
     To be called before `compare`, whose process keeps the memory that it had.
     """
     command = [sys.executable, __file__, *settings, f"rounds={rounds}"]
-    environment = os.environ | {ALONE: json.dumps([workload, contender, allocator])}
+    environment = os.environ | environment | {ALONE: json.dumps([workload, contender, allocator])}
     return json.loads(run(command, f"{workload}, {contender}", env=environment).splitlines()[-1])
 
 
@@ -436,7 +436,9 @@ def write_copies(small, copies, path):
 
 def loader(config, rates, settings):
     """Two epochs of a file of 3.4 million molecules that the system has cached, in a process of its own."""
-    yield {"case": "loader", "contender": "one process", **alone("loader", "one process", "ours", settings, 1)}
+    with tempfile.TemporaryDirectory() as folder:  # ours, since a process that is killed leaves its own behind
+        found = alone("loader", "one process", "ours", settings, 1, TMPDIR=folder)
+    yield {"case": "loader", "contender": "one process", **found}
 
 
 def read_two_epochs(config):
