@@ -551,7 +551,9 @@ def line(row):
 def read_known(out):
     """{case: what a file of this program holds of it}; read again for each case, another run may write to it too."""
     known = json.loads(out.read_text()) if out.exists() else {}
-    if not isinstance(known, dict) or any(case not in CASES or "rows" not in found for case, found in known.items()):
+    if type(known) is not dict or any(
+        case not in CASES or not isinstance(found["rows"], list) for case, found in known.items()
+    ):
         raise ValueError("holds something else")
     return known
 
