@@ -13,32 +13,21 @@ standardised over the molecules measured. All in float64.
 Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per molecule, lipschitz.png and .svg.
 """
 
-import json
 import math
-import os
-import tempfile
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import InputError, cli, split_indices
-from finetune import elements, encode, read_encoder
+from data import Molecules, choose, normal_of_each
+from formats.weights import read_encoder
+from harness.errors import InputError, cli, explain
+from harness.files import check_new, names_of, provenance, write_json, write_whole
+from harness.ranks import tune_cpu
+from harness.settings import read_arguments
 from model import ModelConfig, radius_graph, scatter_mean, scatter_sum, setting
-from pretrain import (
-    build_config,
-    named_split,
-    normal_of_each,
-    open_data,
-    override,
-    provenance,
-    tune_cpu,
-    write_atomically,
-    write_text,
-)
 
 # ---------------------------------------------------------------- settings
 
@@ -53,7 +42,8 @@ class LipschitzConfig:
     iterations: tuple = setting((5, 15, 25), low=1)  # power iterations after which the norm is noted, Table 1
     exact: bool = False  # the full Jacobian instead, one molecule after another
     batch_size: int = setting(100, low=1)  # molecules at a time
-    position_noise_scale: float = setting(0.0, low=0)  # angstrom; measure at geometries with this noise on them
+    # angstrom; measure at geometries with this noise on them; 10 leaves no geometry, and squares of more overflow
+    position_noise_scale: float = setting(0.0, low=0, below=10.0)
     seed: int = setting(0, low=0)  # of directions and noise
     out_dir: str = "out/lipschitz"
     model: ModelConfig = field(default_factory=ModelConfig)  # of a TorchMD-NET or Coord state dict; ours bring theirs
@@ -61,8 +51,6 @@ class LipschitzConfig:
     def __post_init__(self):
         if not self.iterations:
             raise ValueError("iterations is empty: name one number or more, as in 5,15,25")
-        if self.position_noise_scale > 10:  # no geometry is left, and squares of numbers as large overflow
-            raise ValueError(f"position_noise_scale = {self.position_noise_scale}: must be at most 10 angstrom")
 
 
 # ---------------------------------------------------------------- the Jacobian and its norm
@@ -70,7 +58,8 @@ class LipschitzConfig:
 
 def pooled(encoder, z, pos, batch, num_molecules, edge_index=None):
     """h_b = mean_i x_i: -> (B, F)."""
-    x, _ = encode(encoder, z, pos, batch, edge_index)
+    with explain("the radius graph", ValueError):
+        x, _ = encoder(z, pos, batch, edge_index)
     return scatter_mean(x, batch, num_molecules)
 
 
@@ -131,7 +120,7 @@ def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
     num, found, norm, basis, images = int(batch[-1]) + 1, {}, 0.0, [], []
     for step in range(1, max(iterations) + 1):
         v = raw = project(v)
-        for _ in range(2):  # once more, for what rounding left over
+        for _ in range(2):  # the second time for what rounding left over
             for w in basis:
                 v = v - w * dots(v, w, batch, num)[batch].unsqueeze(1)
         size = dots(v, v, batch, num).sqrt()
@@ -155,8 +144,8 @@ def exact_norms(encoder, z, pos, batch, num_molecules, scale):
     """|J P|_2 from the whole Jacobian, column by column, one molecule after another: -> (B,), of h / scale (B,)."""
     found = []
     for molecule in range(num_molecules):
-        of = batch == molecule
-        z_m, pos_m, batch_m = z[of], pos[of], torch.zeros_like(z[of])
+        mask = batch == molecule
+        z_m, pos_m, batch_m = z[mask], pos[mask], torch.zeros_like(z[mask])
         motions = rigid_motions(pos_m, batch_m, 1).flatten(0, 1)  # (3 n, 6)
         edge_index = radius_graph(pos_m, batch_m, encoder.config.cutoff_upper)
 
@@ -322,94 +311,30 @@ def draw(results, folder, made_of):
     left.legend(frameon=False, fontsize=8)
     figure.supxlabel(made_of, fontsize=7, color="0.4", parse_math=False)
     for kind in ("png", "svg"):
-        write_atomically(
-            folder / f"lipschitz.{kind}", lambda path, kind=kind: figure.savefig(path, dpi=130, format=kind)
-        )
+        write_whole(folder / f"lipschitz.{kind}", lambda path, kind=kind: figure.savefig(path, dpi=130, format=kind))
     plt.close(figure)
-
-
-def read_arguments(kind, arguments):
-    """`CHECKPOINT ... [key=value ...]` of an analysis -> paths, and the settings as the dataclass kind."""
-    paths = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]
-    return paths, build_config(kind, override({}, [argument for argument in arguments if argument not in paths]))
-
-
-def choose(config):
-    """-> Molecules and the indices of those to measure."""
-    molecules = open_data(config)
-    index = named_split(molecules, config.split)
-    if config.num_molecules > len(index):
-        raise InputError(f"num_molecules = {config.num_molecules}: there are {len(index)} in {config.data}", code=2)
-    return molecules, index[split_indices(len(index), [config.num_molecules, None])[0]]
-
-
-def check_elements(molecules, index, encoders):
-    highest = max(elements(molecules, index))
-    if highest >= (known := min(encoder.config.max_z for encoder in encoders)):
-        raise InputError(f"{molecules.path} holds atomic number {highest}, a model knows those below {known} (max_z)")
-
-
-def names_of(paths):
-    """What tells checkpoints apart in a table: their paths, less what all have in common."""
-    if unnamed := [path for path in paths if not Path(path).name]:
-        raise InputError(f"'{unnamed[0]}' is no file: name a checkpoint, such as out/demo/encoder.pt", code=2)
-    parts = [Path(path).with_suffix("").parts for path in paths]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    names = [str(Path(*p)) for p in parts]
-    if len(set(names)) < len(names):
-        raise InputError("a checkpoint is named twice, or two cannot be told apart by their names", code=2)
-    return names
-
-
-def new_file(folder, *names):
-    """The path of the first of the results that are going to be written; refused if one is there, or cannot be."""
-    folder = Path(folder)
-    for name in names:
-        if os.path.lexists(folder / name):
-            raise InputError(f"{folder / name} exists: remove it, or choose another out_dir=")
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:  # before hours of measuring; what is measured may still be refused, so no folder is left behind
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made or written to ({error.strerror}): choose another out_dir=") from None
-    finally:
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-    return folder / names[0]
-
-
-def write_result(path, result):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
-    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def main(arguments):
     paths, config = read_arguments(LipschitzConfig, arguments)
     if not paths:
         raise InputError("name one checkpoint or more: python lipschitz.py out/demo/encoder.pt data=FILE.h5", code=2)
-    names = names_of(paths)
-    path = new_file(config.out_dir, "lipschitz.json", "lipschitz.png", "lipschitz.svg")
+    names, folder = names_of(paths), Path(config.out_dir)
+    check_new(*(folder / f"lipschitz.{kind}" for kind in ("json", "png", "svg")), make_folder=True)
     tune_cpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made_by, began = provenance(device, 1), time.perf_counter()
-    molecules, index = choose(config)
-    encoders = [read_encoder(path, config.model)[0] for path in paths]
-    check_elements(molecules, index, encoders)
-    found = {
-        name: measure(encoder, molecules, index, config, device) for name, encoder in zip(names, encoders, strict=True)
-    }
+    made_by, began = provenance(device), time.perf_counter()
+    molecules = Molecules(config.data)
+    index = choose(molecules, config.split, config.num_molecules, "num_molecules")
+    encoders = {name: read_encoder(path, config.model)[0] for name, path in zip(names, paths, strict=True)}
+    molecules.check_elements(index, min(encoder.config.max_z for encoder in encoders.values()))
+    found = {name: measure(encoder, molecules, index, config, device) for name, encoder in encoders.items()}
     print("\n".join(table(found)))
     result = {"summary": {name: summarise(one) for name, one in found.items()}, "checkpoints": found}
     result |= {"molecules": index.tolist(), "displacements": DISPLACEMENTS, "settings": asdict(config)}
-    write_result(path, result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
-    draw(found, path.parent, f"{config.data}, {len(index)} molecules, commit {made_by['commit']}")
-    print(f"{time.perf_counter() - began:.0f} s; wrote {path}")
+    write_json(folder / "lipschitz.json", result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
+    draw(found, folder, f"{config.data}, {len(index)} molecules, commit {made_by['commit']}")
+    print(f"{time.perf_counter() - began:.0f} s; wrote {folder / 'lipschitz.json'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""The network and the method of GeoRecon, in one file that needs nothing but torch.
+"""The network: the equivariant transformer of TorchMD-NET (Tholke & De Fabritiis, arXiv:2202.02541), in torch alone.
 
-GeoRecon (Yan, Li, Zhang: "GeoRecon: Graph-Level Representation Learning for 3D Molecules via
-Reconstruction-Based Pretraining") pretrains the equivariant transformer of TorchMD-NET (Tholke & De Fabritiis,
-arXiv:2202.02541) on 3D geometries alone. This file reads from leaf to root:
+GeoRecon (Yan, Li, Zhang) trains it, see pretrain.py. This file reads from leaf to root:
 
     1  graph operations      scatter_sum, radius_graph
     2  radial functions      cosine_cutoff, ExpNormalSmearing, NeighborEmbedding
@@ -10,8 +8,7 @@ arXiv:2202.02541) on 3D geometries alone. This file reads from leaf to root:
     4  vector norms          RMSVectorNorm, WhitenVectorNorm
     5  encoder               ModelConfig, EquivariantTransformer
     6  heads                 GatedEquivariantBlock, EquivariantScalar, EquivariantVectorOutput, dipole, extent
-    7  the method            GraphPooling, GraphReconstructionDecoder, Pretraining (every loss beside its equation)
-    8  checkpoints           load_representation, load_encoder
+    7  checkpoints           save_encoder, load_encoder
 
     N  atoms in the batch       z (N,) atomic numbers, pos (N, 3) in angstrom, batch (N,) molecule of each atom, sorted
     B  molecules in the batch   graph_emb (B, F)
@@ -29,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss, silu
+from torch.nn.functional import silu
 
 # ---------------------------------------------------------------- 1  graph operations
 
@@ -46,7 +43,7 @@ def scatter_mean(src, index, size):
 
 
 @torch.no_grad()
-def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
+def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
     """Every pair of atoms of one molecule closer than cutoff, once: pos (N, 3), batch (N,) -> edge_index (2, P).
 
     edge_index = [source j, target i] with i < j, sorted by target, then by source. The published, directed form is
@@ -55,9 +52,6 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
 
     DEVIATION: no neighbour cap. Table 13's 32 keeps whichever neighbours come first in the atom order, which breaks
     permutation symmetry; max_num_neighbors > 0 is a bound (self included, as upstream) that is checked, never a cut.
-
-    With multiple > 1 pairs beyond the cutoff, as far as the molecules have any, bring P up to the next multiple: equal
-    shapes from step to step, which CUDA graphs need. The layers give them no weight.
     """
     if (batch[1:] < batch[:-1]).any():
         raise ValueError("radius_graph: batch must be sorted, the atoms of a molecule side by side")
@@ -75,8 +69,6 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0, multiple=1):
                 f"max_num_neighbors = {max_num_neighbors}, but an atom has {most} neighbours (itself included) within "
                 f"{cutoff} angstrom: raise it, or set 0 for no bound"
             )
-    if multiple > 1:
-        near |= (~near).cumsum(0) <= -near.sum() % multiple
     return torch.stack([j[near], i[near]])  # (2, P)
 
 
@@ -139,7 +131,7 @@ class Graph(NamedTuple):
     cutoff: torch.Tensor  # (P, 1) C(distance)
     edge_attr: torch.Tensor  # (P, K) rbf(distance)
     self_attr: torch.Tensor  # (1, K) rbf(0): a self-loop has distance 0, C = 1 and no direction
-    inside: torch.Tensor | None = None  # (P, 1) 1, and 0 for a pair beyond the cutoff; None: there is none
+    inside: torch.Tensor | None = None  # (P, 1) 1, and 0 for a pair beyond the cutoff; None: all are 1
 
 
 class NeighborEmbedding(nn.Module):
@@ -171,8 +163,8 @@ class EquivariantMultiHeadAttention(nn.Module):
         w_i      = sum_j vec_j (v^1_j d1_ij) + u_ij (v^2_j d2_ij)    u_ij = (pos_j - pos_i) / d_ij, none on a self-loop
         o1,o2,o3 = W_o y_i
         dx_i     = <U1 vec_i, U2 vec_i> o2 + o3,    dvec_i = (U3 vec_i) o1 + w_i
-    with filters dk, dx, d1, d2 = SiLU(W rbf(d_ij) + b). They depend on the distance alone and are computed once for a
-    pair; the self-loop has one value for all atoms; vec_j v^1_j is a product per atom, not per edge.
+    The filters dk, dx, d1, d2 = SiLU(W rbf(d_ij) + b) depend on the distance alone: they are computed once for both
+    directions of a pair, and once for the self-loops of all atoms. vec_j v^1_j is a product per atom, not per edge.
     """
 
     def __init__(self, channels, num_heads, num_rbf, vector_cutoff):
@@ -188,65 +180,82 @@ class EquivariantMultiHeadAttention(nn.Module):
         self.dk_proj = Linear(num_rbf, channels)
         self.dv_proj = Linear(num_rbf, 3 * channels)
 
-    def three(self, proj, skip):
-        """Weight (F, C) and bias (F,) of the parts [x, 1, 2] of v_proj or dv_proj, None for a part to skip.
+    def parts(self, proj):
+        """Weight (F, C) and bias (F,) of the parts x, 1 and 2 of v_proj or dv_proj.
 
         UPSTREAM stores the three parts inside each head, (H, 3, D); taken apart here so that each is contiguous.
         """
         weight = proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D, C)
         bias = proj.bias.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D)
-        return [None if part in skip else (weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3)]
+        return [(weight[:, part].flatten(0, 1), bias[:, part].flatten()) for part in range(3)]
 
-    def filters(self, edge_attr, three):
-        """rbf (P, K) -> dk, dx, d1, d2, each (P, F)."""
-        yield silu(self.dk_proj(edge_attr))
-        for part in three:
-            yield None if part is None else silu(linear(edge_attr, *part))
+    def filters(self, attr, parts):
+        """d_k and the filters of parts: rbf (M, K) -> (M, F) each."""
+        return [silu(self.dk_proj(attr)), *(silu(linear(attr, *part)) for part in parts)]
 
-    def attend(self, query, key, filters):
-        """SiLU of the head-wise product sum, before the cutoff: three (M, F) -> (M, H, 1)."""
-        return silu((query * key * filters).unflatten(-1, (self.num_heads, -1)).sum(-1, keepdim=True))
+    def attend(self, q, k, d_k):
+        """A_ij before its cutoff: three (M, F) -> (M, H, 1)."""
+        return silu((q * k * d_k).unflatten(-1, (self.num_heads, -1)).sum(-1, keepdim=True))
+
+    def weigh(self, values, attention):
+        """The values of each head times its attention: (M, F), (M, H, 1) -> (M, F)."""
+        return (values.unflatten(-1, (self.num_heads, -1)) * attention).flatten(-2)
+
+    def fade(self, graph, d_x, *vector_filters):
+        """C (P, 1, 1) of A, d_x, and d_1 and d_2, which give a pair beyond the cutoff no weight."""
+        if self.vector_cutoff:  # DEVIATION (off by default): vec messages vanish at the cutoff too, torchmd-net #260
+            return 1.0, *(d * graph.cutoff for d in (d_x, *vector_filters))
+        cutoff, inside = graph.cutoff.unsqueeze(-1), graph.inside
+        return cutoff, d_x, *(d if inside is None else d * inside for d in vector_filters)
 
     def forward(self, x, vec, graph):
-        # vec is None before the first layer, where it is zero: its products are skipped, and a (1, 3, F) zero keeps
-        # vec_proj in the graph of every step, so that each parameter has a gradient (DDP needs that).
-        first = vec is None
-        skip = (1,) if first else ()
         x = self.layernorm(x)
+        if vec is None:
+            return self.first(x, graph)
         q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
-        v_x, v_1, v_2 = (None if part is None else linear(x, *part) for part in self.three(self.v_proj, skip))  # (N, F)
-        three = self.three(self.dv_proj, skip)
-        d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, three)  # (P, F)
-        self_k, self_x, self_1 = self.filters(graph.self_attr, three[:2])  # (1, F)
+        v_x, v_1, v_2 = (linear(x, *part) for part in self.parts(self.v_proj))  # (N, F)
+        parts = self.parts(self.dv_proj)
+        d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, parts)  # (P, F)
+        loop_k, loop_x, loop_1 = self.filters(graph.self_attr, parts[:2])  # (1, F)
 
-        def weigh(values, attention):  # (M, F), (M, H, 1) -> (M, F)
-            return (values.unflatten(-1, (self.num_heads, -1)) * attention).flatten(-2)
+        # self-loops: C = 1, no u
+        y = self.weigh(v_x * loop_x, self.attend(q, k, loop_k))  # (N, F)
+        vec_v = vec * v_1.unsqueeze(1)  # (N, 3, F)
+        w = vec_v * loop_1  # (N, 3, F)
 
-        y = weigh(v_x * self_x, self.attend(q, k, self_k))  # (N, F) self-loops
-        if first:
-            vec = x.new_zeros(1, 3, x.shape[1])
-            w = x.new_zeros(len(x), 3, x.shape[1])
-        else:
-            vec_v = vec * v_1.unsqueeze(1)  # (N, 3, F)
-            w = vec_v * self_1  # (N, 3, F) self-loops
-
-        cutoff = graph.cutoff.unsqueeze(-1)  # (P, 1, 1)
-        if self.vector_cutoff:  # DEVIATION (off by default): vec messages vanish at the cutoff too, torchmd-net #260
-            d_x, d_1, d_2 = (None if d is None else d * graph.cutoff for d in (d_x, d_1, d_2))
-            cutoff = 1.0
-        elif graph.inside is not None:
-            d_1, d_2 = (None if d is None else d * graph.inside for d in (d_1, d_2))
+        # the two directions of each pair
+        cutoff, d_x, d_1, d_2 = self.fade(graph, d_x, d_1, d_2)
         unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
             attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
-            y.index_add_(0, i, weigh(v_x.index_select(0, j) * d_x, attention))
+            y.index_add_(0, i, self.weigh(v_x.index_select(0, j) * d_x, attention))  # (P, F) -> (N, F)
             along = (v_2.index_select(0, j) * d_2).unsqueeze(1)  # (P, 1, F)
-            if first:
-                message = along * (sign * unit)
-            else:
-                message = torch.addcmul(vec_v.index_select(0, j) * d_1.unsqueeze(1), along, unit, value=sign)
+            message = torch.addcmul(vec_v.index_select(0, j) * d_1.unsqueeze(1), along, unit, value=sign)
             w.index_add_(0, i, message)  # (P, 3, F) -> (N, 3, F)
+        return self.update(y, w, vec)
 
+    def first(self, x, graph):
+        """forward where vec is zero, before the first layer: no v^1, no messages of vec."""
+        q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
+        v_x, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[::2])  # (N, F)
+        parts = self.parts(self.dv_proj)
+        d_k, d_x, d_2 = self.filters(graph.edge_attr, parts[::2])  # (P, F)
+        loop_k, loop_x = self.filters(graph.self_attr, parts[:1])  # (1, F)
+
+        y = self.weigh(v_x * loop_x, self.attend(q, k, loop_k))  # (N, F)
+        w = x.new_zeros(len(x), 3, x.shape[1])
+        cutoff, d_x, d_2 = self.fade(graph, d_x, d_2)
+        unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
+        for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
+            attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
+            y.index_add_(0, i, self.weigh(v_x.index_select(0, j) * d_x, attention))  # (P, F) -> (N, F)
+            along = (v_2.index_select(0, j) * d_2).unsqueeze(1)  # (P, 1, F)
+            w.index_add_(0, i, along * (sign * unit))  # (P, 3, F) -> (N, 3, F)
+        # one zero for all atoms: vec_proj is then in the graph of every step and gets a gradient, which DDP needs
+        return self.update(y, w, x.new_zeros(1, 3, x.shape[1]))
+
+    def update(self, y, w, vec):
+        """dx (N, F), dvec (N, 3, F)."""
         u_1, u_2, u_3 = self.vec_proj(vec).chunk(3, dim=-1)  # (N, 3, F)
         o_1, o_2, o_3 = self.o_proj(y).chunk(3, dim=-1)  # (N, F)
         return (u_1 * u_2).sum(1) * o_2 + o_3, torch.addcmul(w, u_3, o_1.unsqueeze(1))
@@ -329,9 +338,9 @@ class WhitenVectorNorm(nn.Module):
 # ---------------------------------------------------------------- 5  encoder
 
 
-def setting(default, low=None, choices=None):
-    """A config field and what it allows; pretrain.build_config checks it."""
-    return field(default=default, metadata={"low": low, "choices": choices})
+def setting(default, **allowed):
+    """A config field and what it allows: low, below, choices; harness/settings.py holds values against it."""
+    return field(default=default, metadata=allowed)
 
 
 VECTOR_NORMS = {"none": nn.Identity, "rms": RMSVectorNorm, "whiten": WhitenVectorNorm}
@@ -345,7 +354,7 @@ class ModelConfig:
     num_layers: int = setting(8, low=1)
     num_rbf: int = setting(64, low=2)
     num_heads: int = setting(8, low=1)
-    cutoff_upper: float = setting(5.0, low=0.1)  # angstrom
+    cutoff_upper: float = setting(5.0, low=0.1, below=1000.0)  # angstrom
     max_z: int = setting(100, low=1)  # atomic numbers 0 .. max_z - 1
     max_num_neighbors: int = setting(0, low=0)  # 0: no bound; see radius_graph
     x_norm_layer: bool = True  # PAPER-SILENT: LayerNorm on x after each residual
@@ -354,13 +363,9 @@ class ModelConfig:
     vector_cutoff: bool = False
 
     def __post_init__(self):
-        if self.cutoff_upper > 1000:
-            raise ValueError(f"model.cutoff_upper = {self.cutoff_upper}: must be at most 1000 angstrom")
         if self.embedding_dimension % self.num_heads:
-            raise ValueError(
-                f"model.embedding_dimension = {self.embedding_dimension} must be a multiple of "
-                f"model.num_heads = {self.num_heads}"
-            )
+            channels, heads = self.embedding_dimension, self.num_heads
+            raise ValueError(f"model.embedding_dimension = {channels} must be a multiple of model.num_heads = {heads}")
 
 
 class EquivariantLayers(nn.Module):
@@ -532,140 +537,7 @@ class ElectronicSpatialExtent(nn.Module):
         return scatter_sum(self.output_network(x).squeeze(-1) * square, batch, num_molecules)
 
 
-# ---------------------------------------------------------------- 7  the method
-
-
-class GraphPooling(nn.Module):
-    """g_b = mean_{i in b} x_i (Sec. 4.2: "We adopt mean pooling"): x (N, F) -> graph_emb (B, F).
-
-    PAPER-SILENT: for the ablation, `sum`, and `attention`: softmax over the atoms of a molecule of a linear score.
-    """
-
-    def __init__(self, kind, channels):
-        super().__init__()
-        self.kind = kind
-        self.score = Linear(channels, 1) if kind == "attention" else None
-
-    def forward(self, x, batch, num_molecules):
-        if self.kind != "attention":
-            return (scatter_sum if self.kind == "sum" else scatter_mean)(x, batch, num_molecules)
-        score = self.score(x)  # (N, 1)
-        lowest = score.new_full((num_molecules, 1), -torch.inf)
-        highest = lowest.scatter_reduce(0, batch.unsqueeze(1), score.detach(), "amax")  # (B, 1)
-        weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
-        total = scatter_sum(weight, batch, num_molecules)  # (B, 1)
-        return scatter_sum(weight * x, batch, num_molecules) / total
-
-
-class GraphReconstructionDecoder(EquivariantLayers):
-    """The light decoder: predict the noise of each atom from its own embedding and the molecule's pooled one.
-
-    h_i = W [x_i^rec || g_clean], then attention layers on the perturbed graph, then a gated head: -> (N, 3). Sec. 4.2.
-    PAPER-SILENT: what the decoder is beyond "lightweight", concatenation and its number of layers. Ours: one linear
-    layer for the concatenation, layers of the encoder's kind, vec of the encoder as their start (None: zero), a head of
-    its own.
-    """
-
-    def __init__(self, config, num_layers):
-        super().__init__(config, num_layers)
-        channels = config.embedding_dimension
-        self.combine = Linear(2 * channels, channels)
-        self.head = EquivariantVectorOutput(channels)
-
-    def forward(self, x, vec, graph_emb, pos, batch):
-        x = self.combine(torch.cat([x, graph_emb.index_select(0, batch)], dim=1))  # (N, F)
-        return self.head(*self.layers(x, vec, self.graph(pos, batch)))  # (N, 3)
-
-
-class Pretraining(nn.Module):
-    """The objectives of Sec. 4.3 on any encoder (z, pos, batch) -> x, vec; returns every loss term by name.
-
-    objective   loss
-    coord       |head(noised) - eps / sigma|^2, Coord (Zaidi et al., arXiv:2206.00133)
-    georecon    w_noise * coord + w_clean * |head(clean)|^2 + w_rec * |decoder(rec | g_clean) - alpha eps / sigma|^2
-    rec_only    georecon with w_clean = 0 (App. E)
-    All are means over atoms and axes.
-    """
-
-    def __init__(self, encoder, config):
-        super().__init__()
-        self.config = config  # keys: objective alpha w_* decoder_* pooling position_noise_scale
-        self.encoder = encoder
-        self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
-        if config.objective != "coord":
-            self.pooling = GraphPooling(config.pooling, config.model.embedding_dimension)
-            self.decoder = GraphReconstructionDecoder(config.model, config.decoder_layers)
-
-    def forward(self, z, pos, batch, noise, num_molecules, shuffle=False):
-        """noise (N, 3) = eps / sigma, standard normal -> dict of scalar losses; `loss` is the weighted total.
-
-        With shuffle, also `loss_rec_shuffled`: the decoder sees the previous molecule's graph embedding.
-        """
-        config, N = self.config, len(z)
-        # Sec. 4.1: "The injected noise is shared across these variants."
-        pos_noised = pos + config.position_noise_scale * noise
-        pos_rec = pos + config.alpha * config.position_noise_scale * noise
-        if config.objective == "coord":
-            variants = [pos_noised]
-        elif config.alpha == 1:  # then the rec variant is the noised one: two encodings, not three
-            variants = [pos_noised, pos]
-        else:
-            variants = [pos_noised, pos, pos_rec]
-        # one encoder call for all variants: they are further molecules of the batch
-        offsets = [batch + k * num_molecules for k in range(len(variants))]
-        x, vec = self.encoder(z.repeat(len(variants)), torch.cat(variants), torch.cat(offsets))
-
-        # Node level, Sec. 4.2 "Denoising Head". PAPER-SILENT: the target is eps / sigma, of unit variance.
-        # L_noise = 1/3N sum_i |head(x_i^noised) - eps_i / sigma|^2
-        # L_clean = 1/3N sum_i |head(x_i^clean)  - 0|^2            "a zero noise vector", the same head
-        predicted = self.noise_head(x[: 2 * N], vec[: 2 * N])
-        losses = {"loss_noise": mse_loss(predicted[:N], noise)}
-        if config.objective == "coord":
-            return {"loss": losses["loss_noise"], **losses}
-        losses["loss_clean"] = predicted[N:].square().mean()
-
-        # Graph level, Sec. 4.2 "Reconstruction Head": of the clean molecule the decoder sees its pooled embedding.
-        # L_rec = 1/3N sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
-        graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
-        if not config.decoder_graph_emb:  # a control: all of GeoRecon but what the clean molecule tells the decoder
-            graph_emb = 0 * graph_emb  # no new zeros: attention's score is to have a gradient, of zero
-        rec = slice(N) if config.alpha == 1 else slice(2 * N, None)
-        x_rec, vec_rec = x[rec], vec[rec] if config.decoder_vec else None
-        losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
-        if shuffle:
-            other = self.decoder(x_rec, vec_rec, graph_emb.roll(1, 0), pos_rec, batch)
-            losses["loss_rec_shuffled"] = mse_loss(other, config.alpha * noise)
-
-        # L = w_noise L_noise + w_clean L_clean + w_rec L_rec, Sec. 4.3
-        w_clean = 0.0 if config.objective == "rec_only" else config.w_clean
-        total = config.w_noise * losses["loss_noise"] + w_clean * losses["loss_clean"]
-        return {"loss": total + config.w_rec * losses["loss_rec"], **losses}
-
-
-# ---------------------------------------------------------------- 8  checkpoints
-
-
-def load_representation(encoder, state_dict):
-    """Load TorchMD-NET's or our own encoder weights by name; a ValueError names every key that does not fit.
-
-    Takes a bare encoder's state dict, or a whole TorchMD-NET / Coord model's, of which `representation_model.*` is
-    used. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
-    """
-    prefix = "representation_model."
-    if any(prefix in key for key in state_dict):
-        state_dict = {key.split(prefix, 1)[1]: value for key, value in state_dict.items() if prefix in key}
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("distance.")}
-    ours = encoder.state_dict()
-    faults = [f"{key} missing" for key in ours if key not in state_dict]
-    faults += [f"{key} unexpected" for key in state_dict if key not in ours]
-    faults += [
-        f"{key} {tuple(state_dict[key].shape)} where {tuple(value.shape)} is needed"
-        for key, value in ours.items()
-        if key in state_dict and state_dict[key].shape != value.shape
-    ]
-    if faults:
-        raise ValueError("these weights are not of this encoder: " + "; ".join(faults))
-    encoder.load_state_dict(state_dict)
+# ---------------------------------------------------------------- 7  checkpoints
 
 
 def save_encoder(encoder):
@@ -674,13 +546,13 @@ def save_encoder(encoder):
 
 
 def load_encoder(path):
-    """The ready EquivariantTransformer of an encoder.pt, on the CPU; a ValueError says why a file is none."""
+    """The ready EquivariantTransformer of an encoder.pt, on the CPU; a ValueError says what is wrong with the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["schema"] != "georecon/1":
             raise ValueError(f"its schema is {checkpoint['schema']}")
         encoder = EquivariantTransformer(ModelConfig(**checkpoint["model"]))
-        load_representation(encoder, checkpoint["state_dict"])
+        encoder.load_state_dict(checkpoint["state_dict"])
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own

@@ -1,0 +1,373 @@
+"""Raw files of each source -> molecules, one after another.
+
+A molecule on its way is a dict: id, z (n,), pos (n, 3) Å, labels {dataset: value}, split (names); one that cannot be
+used is {id, skip: cause}.
+"""
+
+import bz2
+import csv
+import ctypes
+import gzip
+import io
+import itertools
+import lzma
+import os
+import re
+import signal
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from harness.errors import FOREIGN, InputError, explain, need
+
+HAR2EV = 27.211386246  # eV per Hartree
+SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y
+Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
+Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
+ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
+QM9_LABELS = (  # name and unit here, column in qm9pack; in the order of the xyz comment line
+    ("A", "GHz", "RotA_GHz"),
+    ("B", "GHz", "RotB_GHz"),
+    ("C", "GHz", "RotC_GHz"),
+    ("mu", "D", "Dipole_debye"),
+    ("alpha", "a0^3", "Polarizability_bohr3"),
+    ("homo", "eV", "HOMO_au"),
+    ("lumo", "eV", "LUMO_au"),
+    ("gap", "eV", "HOMO_LUMO_gap_au"),
+    ("r2", "a0^2", "R2_bohr2"),
+    ("zpve", "eV", "ZPVE_au"),
+    ("U0", "eV", "InternalEnergy_0K_au"),
+    ("U", "eV", "InternalEnergy_298K_au"),
+    ("H", "eV", "Enthalphy_298K_au"),  # sic
+    ("G", "eV", "GibbsFreeEnergy_298K_au"),
+    ("Cv", "cal/mol/K", "Heatcapacity_Cv_cal_mol_K"),
+)
+
+
+# ---------------------------------------------------------------- containers
+
+
+def readable(*paths):
+    """Whatever goes wrong while reading raw files becomes one line that names them."""
+    kinds = (*FOREIGN, csv.Error, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+    return explain(f"{' '.join(map(str, paths))}: damaged, cut off or not the right kind of file", *kinds)
+
+
+def open_raw(path):
+    """Open a plain, .gz, .bz2 or .xz file for reading bytes; the first bytes tell which."""
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+    return next((opener for key, opener in openers.items() if magic.startswith(key)), open)(path, "rb")
+
+
+def tar_members(path):
+    """(name, file object) of each file of a tar archive, in one pass."""
+    with open_raw(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name, tar.extractfile(member)
+        # tarfile takes a cut-off or broken header for the end; a whole archive ends in blocks of zeros, and only there.
+        ended = tar.fileobj.tell() - tar.offset == tarfile.BLOCKSIZE
+        if not ended or any(piece.strip(b"\0") for piece in iter(lambda: tar.fileobj.read(1 << 20), b"")):
+            raise EOFError("the archive ends early")
+
+
+def sdf_blocks(file):
+    """Molecules of an SDF byte stream, as text from the title line on, without the closing $$$$."""
+    tail = b"\n"  # each block then starts with the line end of the one before
+    while piece := file.read(1 << 20):
+        *blocks, tail = (tail + piece).split(b"\n$$$$")
+        for block in blocks:
+            yield block.partition(b"\n")[2].decode(errors="replace").replace("\r\n", "\n")
+    if tail.strip():
+        raise EOFError("the last molecule has no closing $$$$")
+
+
+def worker_signals():
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # the parent gets it too, and ends its pool in order
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive a parent that was killed
+
+
+def parallel(function, items, chunk=256):
+    """Results of function(list of items) -> list, over all cores; in order, with few chunks in flight at a time."""
+    items = iter(items)
+    chunks = iter(lambda: list(itertools.islice(items, chunk)), [])
+    first = next(chunks, [])
+    if len(first) < chunk:
+        yield from function(first)
+        return
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, initializer=worker_signals) as pool:
+        pending = deque()
+        for piece in itertools.chain([first], chunks):
+            pending.append(pool.submit(function, piece))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+# ---------------------------------------------------------------- one molecule
+
+
+def number(text):
+    """A float as Python or Mathematica write it: 1.5e-6, 1.5*^-6."""
+    return float(text.replace("*^", "e"))
+
+
+def xyz_atoms(rows):
+    """Rows [symbol, x, y, z, ...] -> z (n,) int64, pos (n, 3) float64; an unknown symbol is 0."""
+    z = np.array([ATOMIC_NUMBER.get(row[0], 0) for row in rows], dtype=np.int64)
+    return z, np.array([[number(text) for text in row[1:4]] for row in rows]).reshape(-1, 3)
+
+
+def parse_xyz(items):
+    """[(id, text of an xyz file)] -> molecules; a comment line after the number of atoms may be missing or empty."""
+    molecules = []
+    for key, text in items:
+        try:
+            rows = [line.split() for line in text.decode().strip().splitlines()]
+            first = len(rows) - int(rows[0][0])
+            atom_first = len(rows[1]) == 4 and rows[1][0] in ATOMIC_NUMBER  # where the comment would be
+            if first not in (1, 2) or first == 2 and atom_first:
+                raise ValueError("more or fewer atoms than the first line says")
+            z, pos = xyz_atoms(rows[first:])
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}})
+        except (ValueError, IndexError):
+            molecules.append({"id": key, "skip": "not readable as xyz"})
+    return molecules
+
+
+def parse_sdf(items):
+    """[(id, SDF block)] -> molecules, hydrogens kept."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")
+    molecules = []
+    for key, block in items:
+        lines = block.split("\n", 2)
+        # Unsanitized: charges and valences are no matter here, and RDKit's opinion of them would cost molecules.
+        mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        if mol is None:
+            molecules.append({"id": key, "skip": "RDKit cannot read it"})
+        elif len(lines) > 1 and lines[1][20:22] == "2D":
+            molecules.append({"id": key, "skip": "drawn in 2D: no geometry"})
+        else:
+            z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
+            pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}})
+    return molecules
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def qm9_labels(values):
+    """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value in the unit of QM9_LABELS}."""
+    pairs = zip(QM9_LABELS, values, strict=True)
+    return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, *_), value in pairs}
+
+
+def read_qm9_wheel(raw):
+    columns = [column for *_, column in QM9_LABELS]
+    with zipfile.ZipFile(raw) as wheel:
+        members = sorted(name for name in wheel.namelist() if re.search(r"qm9_part\d+\.csv$", name))
+        if not members:
+            raise InputError(f"{raw}: no qm9_part*.csv inside: is it the wheel of qm9pack 1.0.3?")
+        for member in members:
+            with io.TextIOWrapper(wheel.open(member), newline="") as file:
+                rows = csv.DictReader(file)
+                needed = {"Index", "Elements", "XYZ_Ang", *columns}
+                if missing := needed - set(rows.fieldnames or ()):
+                    raise InputError(f"{raw}/{member}: no column {', '.join(sorted(missing))}: is it the right file?")
+                for row in rows:
+                    symbols = re.findall("[A-Za-z]+", row["Elements"])  # ['C','H', ...] and [[x,y,z],[x,y,z], ...]
+                    triples = row["XYZ_Ang"].strip("[]").split("],[")
+                    z, pos = xyz_atoms([[s, *triple.split(",")] for s, triple in zip(symbols, triples, strict=True)])
+                    labels = qm9_labels([number(row[column]) for column in columns])
+                    yield {"id": int(row["Index"]), "z": z, "pos": pos, "labels": labels}
+
+
+def read_qm9_tar(raw):
+    for name, file in tar_members(raw):
+        if name.endswith(".xyz"):
+            lines = file.read().decode().splitlines()
+            try:
+                num, (tag, key, *values) = int(lines[0]), lines[1].split()
+                if tag != "gdb" or len(lines) != num + 5:  # frequencies, SMILES and InChI follow the atoms
+                    raise ValueError("no `gdb` line, or another number of atoms than the first line says")
+                z, pos = xyz_atoms([line.split() for line in lines[2 : num + 2]])
+                labels = qm9_labels([number(text) for text in values])
+            except (ValueError, IndexError) as error:
+                raise InputError(f"{raw}: {name} is not an xyz file of QM9 ({error})") from error
+            yield {"id": int(key), "z": z, "pos": pos, "labels": labels}
+
+
+def read_uncharacterized(path):
+    """The molecules to leave out: every line of the list that starts with a number."""
+    words = [line.split() for line in path.read_text().splitlines()]
+    ids = {int(first) for first, *_ in filter(None, words) if first.isdigit()}
+    if not ids:
+        raise InputError(f"{path}: no line starts with the number of a molecule: is it uncharacterized.txt?")
+    return ids
+
+
+def read_qm9(*raws):
+    """The wheel of qm9pack or the archive of xyz files and, if given, the list of molecules to leave out."""
+    dropped = set().union(*(read_uncharacterized(raw) for raw in raws if raw.suffix == ".txt"))
+    rest = [raw for raw in raws if raw.suffix != ".txt"]
+    if [raw.suffix for raw in rest] == [".whl"]:
+        molecules = read_qm9_wheel(*rest)
+    elif len(rest) == 1 and ".tar" in rest[0].suffixes:
+        molecules = read_qm9_tar(*rest)
+    else:
+        takes = "qm9 takes qm9pack-*.whl or dsgdb9nsd.xyz.tar.bz2, and beside it uncharacterized.txt if you have it"
+        raise InputError(f"{takes}; got {' '.join(raw.name for raw in raws)}", code=2)
+    for mol in molecules:
+        yield {"id": mol["id"], "skip": "on the list of uncharacterized molecules"} if mol["id"] in dropped else mol
+
+
+def read_pcqm4mv2(raw):
+    """The SDF in its tar.gz (id: place in the file, OGB's index) or the zip of xyz files (id: name of the file)."""
+    if raw.suffix == ".zip":
+        with zipfile.ZipFile(raw) as archive:
+            names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
+            for k, (stem, _) in enumerate(names):
+                if not stem.isdecimal():
+                    yield {"id": k, "skip": "the file's name is no number"}
+            names = sorted((int(stem), name) for stem, name in names if stem.isdecimal())
+            yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
+        return
+    need("rdkit.Chem", "reading SDF")
+    if ".tar" not in raw.suffixes:  # unpacked by hand
+        with open_raw(raw) as file:
+            yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
+        return
+    for name, file in tar_members(raw):
+        if name.endswith(".sdf"):
+            yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
+
+
+def read_sdf(raw):
+    """A plain or compressed SDF; id: the title line where it is a number, else the place in the file."""
+    need("rdkit.Chem", "reading SDF")
+    with open_raw(raw) as file:
+        titled = ((block.partition("\n")[0].strip(), k, block) for k, block in enumerate(sdf_blocks(file)))
+        yield from parallel(parse_sdf, ((int(t) if re.fullmatch(r"\d{1,18}", t) else k, b) for t, k, b in titled))
+
+
+KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
+EV = {"energy": "eV", "forces": "eV/angstrom"}
+NPZ_UNITS = {"e_unit": ("kcal/mol", "kcal mol-1", "kcal mol^-1"), "r_unit": ("ang", "angstrom", "å", "a")}
+
+
+def read_npz(raw, keys, index=None):
+    """Frames of one molecule; keys of z (n,), pos (T, n, 3), energy (T,) or (T, 1), forces (T, n, 3), and ids (T,)."""
+    if not zipfile.is_zipfile(raw):
+        raise InputError(f"{raw}: not an npz file, or cut off")
+    with np.load(raw, allow_pickle=False) as arrays:
+        if missing := [key for key in (*keys, index) if key and key not in arrays]:
+            raise InputError(f"{raw}: no {', '.join(missing)} among its arrays {', '.join(arrays)}: wrong SOURCE?")
+        for key, known in NPZ_UNITS.items():  # where the file says them
+            if key in arrays and (said := str(arrays[key].astype(str))).lower() not in known:
+                raise InputError(f"{raw}: its {key} is {said}, expected {known[0]}: convert the numbers first")
+        z, pos, energy, forces = (arrays[key] for key in keys)
+        ids = arrays[index] if index else np.arange(len(pos))
+    shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
+    if not shapes or energy.shape not in ((len(ids),), (len(ids), 1)):
+        said = ", ".join(f"{key} {a.shape}" for key, a in zip(keys, (z, pos, energy, forces)))
+        raise InputError(f"{raw}: shapes that do not fit each other: {said}")
+    if z.dtype.kind not in "iu" or any(values.dtype.kind not in "iuf" for values in (pos, energy, forces, ids)):
+        raise InputError(f"{raw}: atomic numbers must be integers, and all else numbers")
+    with np.errstate(invalid="ignore"):
+        if (ids != ids.astype(np.int64)).any():
+            raise InputError(f"{raw}: {index} must be whole numbers")
+    for key, frame, e, f in zip(ids, pos, energy.reshape(-1), forces):
+        yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": {"energy": float(e), "forces": f}}
+
+
+def xyz_labels(key, atoms):
+    """Energy and forces of frame `key`; a ValueError where it is not clear what they are."""
+    known = {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
+    plain = dict(atoms.calc.results if atoms.calc else {})
+    found = {name: value for name, value in (plain | known).items() if name in EV}
+    if len(found.keys() & known.keys()) == 1 and len(found) == 2:
+        raise ValueError(f"frame {key} has energy or forces under REF_, the other without: are they of one level?")
+    said = [str(atoms.info[name]) for name in ("unit", "units", "energy_unit") if name in atoms.info]
+    if found and (strange := [unit for unit in said if unit.lower() not in ("ev", "ev/angstrom")]):
+        raise ValueError(f"frame {key} is in {strange[0]}, expected eV: convert the numbers first")
+    if isinstance(found.get("energy"), (bool, np.bool_)):
+        raise ValueError(f"the energy of frame {key} is {found['energy']}")
+    return {name: float(v) if name == "energy" else np.asarray(v, dtype=np.float64) for name, v in found.items()}
+
+
+def read_xyz(raw, labelled=True):
+    """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
+    ase = need("ase.io", "reading extended xyz")
+    with io.TextIOWrapper(open_raw(raw)) as file:
+        for key, atoms in enumerate(ase.iread(file, index=":", format="extxyz")):
+            if atoms.pbc.any():
+                yield {"id": key, "skip": "periodic: not a molecule"}
+                continue
+            labels = xyz_labels(key, atoms) if labelled else {}
+            yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
+        if any(line.strip() for line in file):  # ase stops at a blank line
+            raise ValueError("a blank line between molecules: remove it")
+
+
+read_md17 = partial(read_npz, keys=("z", "R", "E", "F"))
+read_rmd17 = partial(read_npz, keys=("nuclear_charges", "coords", "energies", "forces"), index="old_indices")
+SOURCES = {  # reader of one raw file (qm9: of all of them), units of its labels
+    "qm9": (read_qm9, {f"y/{name}": unit for name, unit, *_ in QM9_LABELS}),
+    "pcqm4mv2": (read_pcqm4mv2, {}),
+    "sdf": (read_sdf, {}),
+    "md17": (read_md17, KCAL),
+    "rmd17": (read_rmd17, KCAL),
+    "md22": (read_md17, KCAL),
+    "xyz": (read_xyz, EV),
+}
+CREDIT = {  # name, license, attribution
+    "qm9": ("QM9", "CC0 1.0", "R. Ramakrishnan, P. O. Dral, M. Rupp, O. A. von Lilienfeld, Sci. Data 1, 140022 (2014)"),
+    "pcqm4mv2": ("PCQM4Mv2", "CC BY 4.0", "W. Hu et al., OGB-LSC, arXiv:2103.09430 (2021), from PubChemQC"),
+    "md17": ("MD17", "not stated", "S. Chmiela et al., Sci. Adv. 3, e1603015 (2017)"),
+    "rmd17": ("rMD17", "CC0 1.0", "A. S. Christensen, O. A. von Lilienfeld, MLST 1, 045018 (2020)"),
+    "md22": ("MD22", "not stated", "S. Chmiela et al., Sci. Adv. 9, eadf0873 (2023)"),
+}
+
+
+def stem(path):
+    """md17_aspirin.npz -> md17_aspirin, DFT.sdf.gz -> DFT."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def read_source(source, raws):
+    """Every molecule of the raw files, in order; several files become named splits."""
+    for group in [raws] if source == "qm9" else [[raw] for raw in raws]:
+        molecule = None
+        with readable(*group):
+            for molecule in SOURCES[source][0](*group):
+                yield molecule | {"split": (stem(group[0]),)} if len(group) < len(raws) else molecule
+        if molecule is None:
+            raise InputError(f"{' '.join(map(str, group))}: no molecules inside: is it the right file, and whole?")
+
+
+def credit(source, raws):
+    """Name, license and attribution of a set, for files that still have its name."""
+    stems = " ".join(stem(raw) for raw in raws)
+    if source not in CREDIT or ("md" in source and not all(raw.name.startswith(source) for raw in raws)):
+        return {"name": stems}
+    name, license_, attribution = CREDIT[source]
+    if raws[0].suffix == ".whl":
+        license_, attribution = f"{license_} (qm9pack: MIT)", f"{attribution}; via {' '.join(stems.split('-')[:2])}"
+    name = f"{name}: {stems}" if "md" in source else name
+    return {"name": name, "license": license_, "attribution": attribution}

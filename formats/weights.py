@@ -1,0 +1,74 @@
+"""Weights of others -> an encoder: our checkpoints, and state dicts of TorchMD-NET and Coord."""
+
+from dataclasses import asdict, replace
+
+from harness.errors import explain
+from harness.settings import build_config
+from harness.weights import read_torch
+from model import EquivariantTransformer, ModelConfig
+
+
+def load_representation(encoder, state_dict):
+    """Load TorchMD-NET's or our own encoder weights by name; a ValueError names every key that does not fit.
+
+    Takes a bare encoder's state dict, or a whole TorchMD-NET / Coord model's, of which `representation_model.*` is
+    used. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
+    """
+    prefix = "representation_model."
+    if any(prefix in key for key in state_dict):
+        state_dict = {key.split(prefix, 1)[1]: value for key, value in state_dict.items() if prefix in key}
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith("distance.")}
+    ours = encoder.state_dict()
+    faults = [f"{key} missing" for key in ours if key not in state_dict]
+    faults += [f"{key} unexpected" for key in state_dict if key not in ours]
+    faults += [
+        f"{key} {tuple(state_dict[key].shape)} where {tuple(value.shape)} is needed"
+        for key, value in ours.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    if faults:
+        raise ValueError("these weights are not of this encoder: " + "; ".join(faults))
+    encoder.load_state_dict(state_dict)
+
+
+def read_encoder(path, model):
+    """-> the encoder in a checkpoint, and how many tensors there are beside it.
+
+    encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
+    """
+    content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
+    state_dict = content.get("state_dict", content)
+    with explain(f"no encoder can be made of {path}"):
+        if "schema" in content:
+            if content["schema"] != "georecon/1":
+                raise ValueError(f"its schema is {content['schema']}, not georecon/1")
+            # vector messages may be made to vanish at the cutoff after pretraining: no weights belong to it
+            vector_cutoff = model.vector_cutoff
+            model = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
+            model = replace(model, vector_cutoff=model.vector_cutoff or vector_cutoff)
+            own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
+            inner = {k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)}
+            state_dict = inner or state_dict
+        encoder = EquivariantTransformer(model)
+        load_representation(encoder, state_dict)
+    return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
+
+
+def make_encoder(config, checkpoint):
+    """-> the encoder of init_from, or a fresh one, and the line that says which weights it has."""
+    if checkpoint and config.init_from:  # which may be another file by now: its weights are in the checkpoint
+        with explain(f"{config.out_dir}/last.pt does not fit this code's model"):
+            own = build_config(ModelConfig, checkpoint["config"]["model"])
+        own = replace(own, vector_cutoff=own.vector_cutoff or config.model.vector_cutoff)
+        return EquivariantTransformer(own), f"encoder: of last.pt at step {checkpoint['step']:,}"
+    if not config.init_from:
+        with explain("a model of this size cannot be made", RuntimeError):
+            encoder = EquivariantTransformer(config.model)
+        return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
+    encoder, rest = read_encoder(config.init_from, config.model)
+    brought = asdict(encoder.config).items() - asdict(config.model).items()
+    by_file = ", ".join(f"{key}={value}" for key, value in sorted(brought)) or "as configured"
+    return encoder, (
+        f"encoder: {len(encoder.state_dict())} tensors of {config.init_from}, {rest} others in it not used; "
+        f"fresh: the head; model, by the file: {by_file}"
+    )

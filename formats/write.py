@@ -1,0 +1,227 @@
+"""Molecules -> one HDF5 file, whole or not at all; a random sample of a file; what to know of a file."""
+
+import os
+import tempfile
+import time
+from array import array
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from formats.schema import SCHEMA, distances, flaw, pairs, read_contents
+from formats.sources import EV, SOURCES, SYMBOLS, credit, read_source, stem
+from harness.errors import InputError
+from harness.files import check_file, check_new, sha256
+
+
+def as_stored(mol):
+    """A molecule with the file's types; what is too large for float32 becomes inf, which `flaw` finds."""
+    if "skip" in mol:
+        return mol
+    with np.errstate(over="ignore"):
+        pos, labels = np.ascontiguousarray(mol["pos"], dtype=np.float32), dict(mol["labels"])
+        if "forces" in labels:
+            labels["forces"] = np.ascontiguousarray(labels["forces"], dtype=np.float32)
+    return mol | {"pos": pos, "labels": labels}
+
+
+def unfit(mol):
+    """Why a molecule as it is stored is left out of the file, or ""."""
+    if "skip" in mol:
+        return mol["skip"]
+    return flaw(mol["z"], mol["pos"], mol["labels"]) if abs(mol["id"]) < 2**63 else "an id beyond 64 bits"
+
+
+class Columns:
+    """What is going to be the datasets of a file: atoms stream to the disk, 8 bytes a molecule and label stay."""
+
+    def __init__(self, folder, stack):
+        files = {name: open(f"{folder}/{name}", "w+b") for name in ("z", "pos", "forces")}  # noqa: SIM115
+        self.atoms = {name: stack.enter_context(file) for name, file in files.items()}
+        self.molecules = {"id": array("q"), "ptr": array("q", [0])}
+        self.splits, self.labels = {}, None
+
+    def append(self, mol, source):
+        """Take a molecule; all must have the labels of the first."""
+        names = sorted(mol["labels"])
+        if self.labels is None:
+            self.labels = names
+            self.molecules |= {name: array("d") for name in names if name != "forces"}
+        if names != self.labels:
+            have, before = (" and ".join(some) or "no labels" for some in (names, self.labels))
+            which = f"molecule {mol['id']} of {' '.join(mol.get('split', ())) or source}"
+            raise InputError(f"{which} has {have}, those before it {before}: convert them apart")
+        for name in mol.get("split", ()):
+            self.splits.setdefault(name, array("q")).append(self.num_molecules)
+        self.molecules["id"].append(mol["id"])
+        self.molecules["ptr"].append(self.num_atoms + len(mol["z"]))
+        self.atoms["z"].write(mol["z"].astype(np.uint8).tobytes())
+        self.atoms["pos"].write(mol["pos"].tobytes())
+        for name, value in mol["labels"].items():
+            if name == "forces":
+                self.atoms[name].write(value.tobytes())
+            else:
+                self.molecules[name].append(value)
+
+    @property
+    def num_molecules(self):
+        return len(self.molecules["id"])
+
+    @property
+    def num_atoms(self):
+        return self.molecules["ptr"][-1]
+
+    def assemble(self, path, attrs, units):
+        """Write the file."""
+        with h5py.File(path, "w") as file:
+            file.attrs.update({"schema": SCHEMA, "length_unit": "angstrom"} | attrs)
+            for name, part in self.atoms.items():
+                if name != "forces" or name in self.labels:
+                    shape, dtype = ((self.num_atoms,), "uint8") if name == "z" else ((self.num_atoms, 3), "float32")
+                    copy_part(part, file.create_dataset(name, shape, dtype))
+            for name, values in self.molecules.items():
+                file[name] = np.frombuffer(values, dtype="float64" if values.typecode == "d" else "int64")
+            for name, values in self.splits.items():
+                file[f"split/{name}"] = np.asarray(values, dtype="int64")
+            for name in self.labels:
+                file[name].attrs["unit"] = units[name]
+
+
+def write_h5(out, molecules, attrs, units, splits_of=None):
+    """Stream molecules into a new file of the schema -> (molecules, atoms, {cause: (count, first ids)}) written.
+
+    splits_of(number of molecules) -> {name: indices} gives the file splits that its source does not bring along.
+    """
+    skipped = {}
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, ExitStack() as stack:
+        columns = Columns(folder, stack)
+        for mol in map(as_stored, molecules):
+            if cause := unfit(mol):
+                count, first = skipped.get(cause, (0, []))
+                skipped[cause] = count + 1, first + [mol["id"]] if count < 5 else first
+            else:
+                columns.append(mol, attrs["source"])
+        if columns.num_molecules == 0:
+            why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
+            raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
+        if splits_of:
+            columns.splits |= splits_of(columns.num_molecules)
+        columns.assemble(f"{folder}/out.h5", attrs, units)
+        os.replace(f"{folder}/out.h5", out)
+    return columns.num_molecules, columns.num_atoms, skipped
+
+
+def copy_part(part, dataset, rows=1 << 20):
+    """Fill a dataset from a raw temporary file, a million rows at a time."""
+    part.seek(0)
+    row = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+    for start in range(0, len(dataset), rows):
+        piece = np.frombuffer(part.read(rows * row), dataset.dtype)
+        dataset[start : start + rows] = piece.reshape(-1, *dataset.shape[1:])
+
+
+def save(out, molecules, attrs, units, splits_of=None):
+    """write_h5 with a progress bar on a terminal, and a report of what was written and skipped."""
+    begun = time.perf_counter()
+    try:
+        stream = tqdm(molecules, unit=" molecules", disable=None)
+        written, atoms, skipped = write_h5(out, stream, attrs, units, splits_of)
+    except OSError as error:  # reading has its own errors by now
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    seconds, size = time.perf_counter() - begun, out.stat().st_size / 1e6
+    print(f"{out}: {written:,} molecules, {atoms:,} atoms, {size:.1f} MB, in {seconds:.1f} s")
+    labels = read_contents(out).units
+    print("  labels: " + (", ".join(f"{name} [{unit}]" for name, unit in labels.items()) or "none, geometries only"))
+    print(f"  skipped {sum(count for count, _ in skipped.values()):,}")
+    for cause, (count, first) in sorted(skipped.items()):
+        print(f"    {count:,}: {cause} (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
+
+
+def convert(source, raws, out, splits_of=None):
+    """python data.py SOURCE RAW [RAW ...] OUT.h5"""
+    raws, out = [Path(raw) for raw in raws], Path(out)
+    check_new(out, kinds=(".h5",))
+    for raw in raws:
+        if raw.suffix == ".h5":
+            raise InputError(f"{raw} stands before {out}: the file to write is the last one", code=2)
+        check_file(raw, "download it first")
+    if source == "pcqm4mv2" and len(raws) > 1:
+        raise InputError(f"pcqm4mv2 takes one raw file, got {len(raws)}", code=2)
+    if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
+        raise InputError("two raw files have the same name, which names their split: rename one", code=2)
+    names = [raw.name for raw in raws]
+    attrs = credit(source, raws) | {
+        "source": "\n".join(names),
+        "source_sha256": "\n".join(sha256(raw) for raw in raws),
+        "command": f"python data.py {source} {' '.join(names)} {out.name}",
+    }
+    save(out, read_source(source, raws), attrs, SOURCES[source][1], splits_of if source == "qm9" else None)
+
+
+def sample(molecules, out, num, seed):
+    """python data.py sample FILE.h5 OUT.h5 num=2000 seed=1: molecules drawn without replacement, in the file's order"""
+    out = Path(out)
+    check_new(out, kinds=(".h5",))
+    if not 1 <= num <= len(molecules):
+        raise InputError(f"num={num}: {molecules.path} has {len(molecules)} molecules", code=2)
+    index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
+    names = [name for name in molecules.units if name != "forces"]
+    columns = {name if name == "energy" else f"y/{name}": molecules.label(name)[index] for name in names}
+    splits = {name: np.isin(index, members) for name, members in molecules.splits.items()}
+    forces, ids = "forces" in molecules.units, molecules.ids
+
+    def stream():
+        for k, m in enumerate(index):
+            atoms = molecules.read([m], forces=forces)
+            labels = {name: column[k] for name, column in columns.items()}
+            labels |= {"forces": atoms["forces"].numpy()} if forces else {}
+            split = [name for name, inside in splits.items() if inside[k]]
+            yield {"id": ids[m], "z": atoms["z"].numpy(), "pos": atoms["pos"].numpy(), "labels": labels, "split": split}
+
+    attrs = molecules.attrs | {"name": f"{molecules.name}, {num} of {len(molecules)} molecules, seed {seed}"}
+    command = f"python data.py sample {Path(molecules.path).name} {out.name} num={num} seed={seed}"
+    attrs["command"] = f"{molecules.attrs.get('command', '')}\n{command}".strip()
+    units = {name if name in EV else f"y/{name}": unit for name, unit in molecules.units.items()}
+    save(out, stream(), attrs, units)
+
+
+def info(m, chunk=10_000):
+    """python data.py info FILE.h5: m is its Molecules."""
+    elements, square, largest = np.zeros(119, dtype=np.int64), 0.0, 0.0
+    near, nearest, closest = 0, np.inf, None
+    for start in range(0, len(m), chunk):  # read refuses positions and elements that cannot be
+        part = m.read(range(start, min(start + chunk, len(m))), forces="forces" in m.units)
+        elements += np.bincount(part["z"], minlength=119)
+        i, j = pairs(part["batch"].numpy())
+        apart = distances(part["pos"].numpy(), i, j)  # (P,)
+        near += (apart < 5).sum()
+        if len(apart) and apart.min() < nearest:
+            nearest, closest = apart.min(), start + int(part["batch"][i[apart.argmin()]])
+        if "forces" in m.units:
+            square += part["forces"].double().square().sum().item()
+            largest = np.maximum(largest, part["forces"].abs().max().item())  # keeps a nan
+    atoms, size = np.diff(m.ptr), f"{len(m):,} molecules, {m.ptr[-1]:,} atoms, {os.path.getsize(m.path) / 1e6:.1f} MB"
+    lines = [("name", m.name), ("size", size)]
+    lines += [("atoms", f"{atoms.min()} to {atoms.max()} per molecule, mean {atoms.mean():.1f}")]
+    lines += [("elements", ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements)))]
+    lines += [("pairs", f"{near / len(m):.1f} per molecule within 5 Å")]
+    lines += [("closest atoms", f"{nearest:.3f} Å in molecule {closest}")] if closest is not None else []
+    lines += [("splits", ", ".join(f"{name} {len(index):,}" for name, index in m.splits.items()) or "none")]
+    for key in ("source", "source_sha256", "command", "license", "attribution"):
+        lines += [(key, line) for line in str(m.attrs.get(key, "not stated")).split("\n")]
+    head = f"{'unit':17} {'mean':>15} {'std':>12} {'min':>15} {'max':>15}"
+    lines += [("sha256", m.sha256()), ("", ""), ("label", head if m.units else "none")]
+    for name, unit in m.units.items():
+        if name == "forces":
+            rms = np.sqrt(square / (3 * m.ptr[-1]))
+            stats = f"{'':15} {rms:12.6g} {'':15} {largest:15.9g}  (rms, largest component)"
+        else:
+            v = m.label(name)
+            stats = f"{v.mean():15.9g} {v.std():12.6g} {v.min():15.9g} {v.max():15.9g}"
+        lines += [(name, f"{unit:17} {stats}")]
+    print("\n".join(f"{key:14} {text}".rstrip() for key, text in lines))
+    if wrong := [name for name in m.units if name != "forces" and not np.isfinite(m.label(name)).all()]:
+        raise InputError(f"{m.path}: {', '.join(wrong)} is not finite everywhere: convert it again with data.py")

@@ -1,0 +1,48 @@
+"""torch.compile: the layers of a network, or the gradient of a function by its first argument."""
+
+import time
+
+import torch
+
+from harness.errors import InputError
+
+
+def check_compiler(device):
+    """Compile a trifle that no cache holds: torch would look for its compiler only in the first step."""
+    salt = time.time_ns() % 2**30
+    try:
+        torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds, by what is missing
+        cause = str(error).partition("\n")[0]
+        remedy = "install a C++ compiler (on CUDA a C compiler), or set compile=false"
+        raise InputError(f"compile = true: torch cannot compile here, {cause}: {remedy}") from None
+
+
+def compile_layers(model, kind, device):
+    """Compile the modules of a kind: for all sizes at once, so that a resumed run has the bits of an unbroken one."""
+    check_compiler(device)
+    for layer in (module for module in model.modules() if isinstance(module, kind)):
+        layer.compile(dynamic=True)
+
+
+def compile_gradient(function, device, one_shape):
+    """function(pos, ...) -> (scalar, output) becomes compiled code -> (d scalar / d pos, output), and a number.
+
+    Sizes that vary should be multiples of that number. one_shape: equal sizes from call to call, and no accumulated
+    gradients. That allows CUDA graphs, which pay since launches dominate.
+    """
+
+    def gradient(*arguments):  # not autograd.grad: torch.compile can differentiate this one again
+        return torch.func.grad(function, has_aux=True)(*arguments)
+
+    check_compiler(device)
+    if device.type == "cuda" and one_shape:
+        # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth
+        return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
+    # one kernel for all shapes, so that a resumed run has the bits of an unbroken one
+    return torch.compile(gradient, fullgraph=True, dynamic=True), 1
+
+
+def fill_up(mask, multiple):
+    """Set more entries of a mask, if it has any, up to a multiple: equal shapes from call to call, for CUDA graphs."""
+    return mask | ((~mask).cumsum(0) <= -mask.sum() % multiple)
