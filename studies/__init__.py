@@ -1,0 +1,1 @@
+"""What makes the results, run by `python -m studies.<name>`. Nothing else imports it."""

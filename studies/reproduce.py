@@ -1,0 +1,149 @@
+"""The studies behind the results: how their runs are run, and what is kept of them.
+
+    python -m studies.reproduce                  the studies, and what of each is done
+    python -m studies.reproduce STUDY [jobs=N]   run what is missing, N runs at a time, then draw
+    python -m studies.reproduce STUDY draw       table and figure from results/STUDY/*.json
+
+A run lives in out/STUDY/<run>; a stopped one goes on. results/STUDY/<run>.json keeps a finished one. Delete both to
+run it again.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from harness.errors import InputError, cli, explain
+from harness.files import names_of, write_json
+from harness.weights import require
+from studies import runs
+from studies.figures import draw, kind_of, table
+from studies.runs import STUDIES, analyses
+
+
+def folder(study, run):
+    return runs.ROOT / "out" / study / run
+
+
+def finished(study, run):
+    return (runs.ROOT / "results" / study / f"{run}.json").exists()
+
+
+def execute(study, run, threads):
+    """Run one run to its end, measure it and keep its figures; the output goes to a file."""
+    if finished(study, run):
+        return
+    out = folder(study, run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    todo = [([*STUDIES[study][run], f"out_dir=out/{study}/{run}"], out / "metrics.json")]
+    todo += [(command, file) for command, file, _ in analyses(study, run).values()]
+    options = {"cwd": runs.ROOT, "env": {"OMP_NUM_THREADS": str(threads), **os.environ}}
+    with open(out.parent / f"{run}.txt", "a") as output:
+        for command, file in todo:
+            if (runs.ROOT / file).exists():
+                continue
+            resume = (runs.ROOT / file).with_name("config.yaml").exists()
+            command = [sys.executable, *command, *["resume=true"] * resume]
+            if code := subprocess.run(command, stdout=output, stderr=output, **options).returncode:
+                what = f"{' '.join(command[1:3])} failed with exit code {code}"
+                print(f"{study}/{run}: {what}, see {output.name}", flush=True)
+                return
+    keep(study, run)
+    print(f"{study}/{run}: done", flush=True)
+
+
+def keep(study, run):
+    """Write results/STUDY/<run>.json from the run's folder."""
+    out = folder(study, run)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rates = sorted(record["molecules_per_s"] for record in log if record["split"] == "train")
+    result = {"study": study, "run": run, **json.loads((out / "metrics.json").read_text())}
+    result["curve_val"] = [record for record in log if record["split"] == "val"]
+    result["molecules_per_s"] = rates[len(rates) // 2] if rates else None
+    how = result["analyses"] = {}
+    for key, (_, file, inner) in analyses(study, run).items():
+        found = json.loads((runs.ROOT / file).read_text())
+        result[key] = found[inner]
+        how[key] = {k: found[k] for k in ("command", "commit", "settings") if k in found}
+        if inner == "summary":  # of lipschitz.py: beside it the LLC of each molecule
+            llcs = {name: one["llc"] for name, one in found["checkpoints"].items()}
+            how[key]["llc"] = {name: list(llc.values())[-1] for name, llc in llcs.items()}
+    write_json(runs.ROOT / "results" / study / f"{run}.json", result)
+
+
+NUMBER = (float, type(None))  # null: not finite
+MEDIAN = {"median": NUMBER}
+TAKEN = {  # by tables and figures, of each checkpoint, by the key in the file of an analysis
+    "summary": {"llc": MEDIAN | {"p95": NUMBER}, "llc_by_norm": MEDIAN, "llc_standardised": MEDIAN},
+    "checkpoints": {"r2_torsion": NUMBER, "identified": float},
+    "test": {"H_mae_ridge": float},
+}
+
+
+def template(study, run):
+    """What tables and figures take of a result, as harness.weights.require reads it."""
+    like = {"study": study, "run": run, "command": str, "commit": (str, type(None)), "seed": int}
+    like |= {"steps": int, "val": {str: float}, "curve_val": list}
+    if kind_of(study) == "errors":
+        return like | {"test": {str: {str: float}}, "units": {str: str}}
+    for key, (command, _, inner) in analyses(study, run).items():
+        names = names_of([word for word in command if word.endswith(".pt") and "=" not in word])
+        like[key] = dict.fromkeys(names or ["test"], TAKEN[inner])
+    return like | {"objective": str, "device": str, "val": {str: float, "loss_noise": float}}
+
+
+def read_result(study, run):
+    """results/STUDY/<run>.json; refused if it lacks figures, or is of another run or command."""
+    path = runs.ROOT / "results" / study / f"{run}.json"
+    with explain(f"{path} is no result of this run, delete it and run the study again"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        require(result, template(study, run), "the file")
+        command = shlex.join([*STUDIES[study][run], f"out_dir=out/{study}/{run}"])
+        if result["command"].removesuffix(" resume=true") != command:
+            raise ValueError(f"it was made by another command, {result['command']}")
+        curves = set().union(*result["curve_val"]) - {"split"}
+        for record in result["curve_val"]:
+            require(record, dict.fromkeys(curves, float) | {"step": int}, "a record of curve_val")
+    return result
+
+
+def read_results(study):
+    """What is finished of a study, after what it is to be compared with."""
+    beside = runs.BESIDE.get(study, ())
+    names = [("control", run) for run in STUDIES["control"] if run.rpartition("_")[0] in beside]
+    names += [(study, run) for run in STUDIES[study]]
+    return [read_result(*name) for name in names if finished(*name)]
+
+
+def main(arguments):
+    if not arguments:
+        for study, commands in STUDIES.items():
+            done = sum(finished(study, run) for run in commands)
+            print(f"{study}: {done} of {len(commands)} runs done: {', '.join(commands)}")
+            read_results(study)
+        return
+    study, *options = arguments
+    if study not in STUDIES:
+        raise InputError(f"no study {study!r}: there are {', '.join(STUDIES)}", code=2)
+    if wrong := [option for option in options if not re.fullmatch(r"draw|jobs=[1-9]\d*", option)]:
+        raise InputError(f"argument {wrong[0]!r}: after the study comes draw, or jobs=N", code=2)
+    jobs = max([1, *(int(option[5:]) for option in options if option != "draw")])
+    if "draw" not in options:
+        read_results(study)  # what is there must be whole before hours go into the rest
+        threads = max(1, os.cpu_count() // jobs)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda run: execute(study, run, threads), STUDIES[study]))
+        if missing := [run for run in STUDIES[study] if not finished(study, run)]:
+            raise InputError(f"{len(missing)} runs are not finished: {', '.join(missing)}")
+    results = read_results(study)
+    if all(result["study"] != study for result in results):
+        raise InputError(f"results/{study} is empty: run `python -m studies.reproduce {study}`")
+    print("\n".join(table(study, results)))
+    draw(study, results)
+
+
+if __name__ == "__main__":
+    cli(main, __doc__)

@@ -1,0 +1,156 @@
+"""The lists: which runs a study has, by their commands, and what is measured of each."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def seeds(numbers, runs):
+    """{name: arguments} -> {name_s<seed>: arguments with the seed}."""
+    return {f"{name}_s{n}": [*run, f"seed={n}"] for name, run in runs.items() for n in numbers}
+
+
+WIDE = "pretrain.py configs/pcqm.yaml data=data/qm9.h5 val_size=1000 max_steps=3000 log_every=50 lr_warmup_steps=300"
+WIDE = f"{WIDE} lr_cosine_length=3000 val_every=250 num_workers=2".split()
+
+# fine-tuning of the 64-channel encoders in results/encoders, which never saw QM9's val and test
+SMALL = "num_workers=0 log_every=50 lr=1e-3 lr_schedule=cosine inference_batch_size=100 lr_min=1e-6"
+SMALL += " model.embedding_dimension=64 model.num_layers=4 model.num_rbf=32"
+SMALL = f"{SMALL} model.x_norm_layer=true model.vec_norm_layer=rms model.vec_norm_out=rms".split()
+
+
+def finetune(config, steps, *more):
+    length = f"max_steps={steps} lr_cosine_length={steps} lr_warmup_steps={steps // 15} val_every={steps // 5}"
+    return ["finetune.py", f"configs/{config}.yaml", *SMALL, *length.split(), *more]
+
+
+def arms(name, run):
+    """A run from each of the two encoders and from scratch, all else equal."""
+    return {f"{name}_scratch": run} | {
+        f"{name}_{objective}": [*run, f"init_from=results/encoders/{objective}_s1.pt"]
+        for objective in ("georecon", "coord")
+    }
+
+
+ASPIRIN = arms("aspirin", finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2000"))
+# 10,000 labels: of molecules that the encoders never saw, and of molecules that they saw
+QM9_UNSEEN = ["batch_size=32", "train_split=val", "val_split=train", "val_size=1000"]
+QM9_SEEN = ["batch_size=32", "val_split=train", "train_size=10000", "val_size=1000"]
+GAP = arms("gap", finetune("qm9_gap", 1000, *QM9_UNSEEN))
+GAP_SEEN = arms("gap_seen", finetune("qm9_gap", 1000, *QM9_SEEN))
+U0 = arms("U0", finetune("qm9_U0", 1000, *QM9_UNSEEN))
+BPA = arms("3bpa", finetune("3bpa", 1000))
+
+
+def probe(target, encoder):
+    parts = "train_split=val val_split=train train_size=0 val_size=1000"
+    return f"finetune.py configs/probe_qm9.yaml target={target} {parts} init_from={encoder}".split()
+
+
+PROBE = {
+    f"probe_{target}_{objective}": probe(target, f"results/encoders/{objective}_s1.pt")
+    for target in ("gap", "U0")
+    for objective in ("georecon", "coord")
+}
+
+# objective or architecture: norms of Coord's public code, ours, those of GeoRecon's likely parent
+PUBLIC = ["model.x_norm_layer=false", "model.vec_norm_layer=none", "model.vec_norm_out=whiten"]
+WHITEN = ["model.vec_norm_layer=whiten", "model.vec_norm_out=whiten"]
+NORMS = {"public": PUBLIC, "rms": [], "whiten": WHITEN}
+
+
+def pretrain(*more, steps=3000, kept=(0, 3000)):
+    length = f"max_steps={steps} lr_cosine_length={steps} keep_steps={','.join(map(str, kept))}"
+    return ["pretrain.py", "configs/qm9_small.yaml", "compile=true", *length.split(), *more]
+
+
+OBJECTIVES = ("coord", "georecon", "rec_only")
+CONTROL = {
+    f"{name}_{norms}": pretrain(f"objective={name}", *settings, kept=(0, 100, 300, 1000, 3000))
+    for norms, settings in NORMS.items()
+    for name in OBJECTIVES
+}
+KEPT = (0, 1000, 3000, 8000, 20000)
+LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=KEPT) for o in OBJECTIVES}
+# the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
+HOT = "data=data/md17_aspirin.h5"
+# when is the graph embedding used: one factor at a time from the control's georecon_rms
+FACTORS = {
+    **{f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (3, 8)},
+    **{f"depth{depth}": pretrain(f"decoder_layers={depth}") for depth in (0, 2)},
+    "no_vec": pretrain("decoder_vec=false"),
+    "no_g": pretrain("decoder_graph_emb=false"),  # what is left of GeoRecon without g
+    "w_rec3": pretrain("w_rec=3"),
+    "w_clean0.1": pretrain("w_clean=0.1"),
+    **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
+    "thermal": pretrain(HOT),
+    "thermal_coord": pretrain(HOT, "objective=coord"),  # for comparison
+    "thermal_no_g": pretrain(HOT, "decoder_graph_emb=false"),
+    # together what helped; and Coord with the noise of alpha = 3: is it the noise alone?
+    "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
+    "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
+    "thermal_rec_only": pretrain(HOT, "objective=rec_only"),
+    "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
+}
+THERMAL = {"coord": "_coord", "georecon": "", "no_g": "_no_g", "rec_only": "_rec_only"}
+THERMAL = {start: f"graph_embedding/thermal{end}" for start, end in THERMAL.items()}
+EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
+EQUAL |= {r: f"graph_embedding/{r}" for r in ("alpha3", "alpha3_no_g", "coord_noise3", "no_g")}
+
+
+def from_own_seed(tasks, encoders):
+    """Each task from each encoder; the pretraining and the fine-tuning have the same seed."""
+    return {
+        f"{task}_{start}_s{n}": [*run, f"init_from=out/{encoder}_s{n}/encoder.pt", f"seed={n}"]
+        for task, run in tasks.items()
+        for start, encoder in encoders.items()
+        for n in (1, 2)
+    }
+
+
+SMALL_RUNS = ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN
+FRAMES, LABELS = {"aspirin": ASPIRIN["aspirin_scratch"]}, {"gap": GAP["gap_scratch"]}
+QM9_SMALL = ["pretrain.py", "configs/qm9_small.yaml"]
+ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
+STUDIES = {
+    # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. Half an hour a run
+    "qm9_small": seeds((1, 2), {"coord": [*QM9_SMALL, "objective=coord"], "georecon": QM9_SMALL}),
+    # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes on a large GPU
+    "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
+    "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
+    "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
+    # Table 5's values; its alpha = 1 is georecon_rms of the control
+    "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
+    "graph_embedding": seeds((1, 2), FACTORS),
+    "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
+    "thermal": from_own_seed(FRAMES, THERMAL),  # does g help where used? Needs graph_embedding
+    # what is worth pretraining on, each seed from its own encoder. Needs control, graph_embedding
+    "finetune_equal": from_own_seed(FRAMES | LABELS, EQUAL),
+    # what the pretraining is worth, in a few minutes a run on one core
+    "finetune_small": seeds((1,), SMALL_RUNS) | seeds((2,), ASPIRIN | GAP),
+}
+# the control's arms that a study is to be compared with
+BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), ("coord_rms", "georecon_rms"))
+NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
+
+
+def analyses(study, run):
+    """What is measured of a finished pretraining run: {key: (command, file, key in the file)}."""
+    if study not in ("control", "control_long", "alpha", "graph_embedding"):
+        return {}
+    out = f"out/{study}/{run}"
+    given = dict(argument.split("=", 1) for argument in STUDIES[study][run][2:])
+    on_qm9 = "data" not in given
+    data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
+    few = [*data, "num_molecules=32", "iterations=15"]
+    steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
+    smoothness = ["lipschitz.py", *steps, *few, f"out_dir={out}/clean"]
+    found = {"smoothness": (smoothness, f"{out}/clean/lipschitz.json", "summary")}
+    for name, noise in ((f"noised_{noise}", noise) for noise in NOISES):
+        where = [f"position_noise_scale={noise}", f"out_dir={out}/{name}"]
+        noised = ["lipschitz.py", f"{out}/last.pt", *few, *where]
+        found[name] = noised, f"{out}/{name}/lipschitz.json", "summary"
+    use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
+    found["graph_embedding"] = use, f"{out}/use/graph_embedding.json", "checkpoints"
+    readout = [*probe("H", f"{out}/encoder.pt"), f"out_dir={out}/probe"]
+    return found | ({"probe_H": (readout, f"{out}/probe/metrics.json", "test")} if on_qm9 else {})

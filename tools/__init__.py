@@ -1,0 +1,1 @@
+"""Programs for people who have a model, run by `python -m tools.<name>`. Nothing imports them."""

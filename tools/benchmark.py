@@ -1,0 +1,278 @@
+"""How fast this code is, beside TorchMD-NET's own on the same weights and molecules.
+
+    python -m tools.benchmark                                 all cases: half an hour on a fast core
+    python -m tools.benchmark encoder forces larger=FILE.h5   some, with larger molecules of yours
+    python -m tools.benchmark device=cuda
+
+encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
+pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2
+forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
+md         energy and forces of one frame, as dynamics asks for them
+
+Times are medians of interleaved rounds on one thread, ratios medians of the rounds' ratios. The
+peer is torchmd-net 3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB with torch).
+A finished case replaces what the file `out` held of it.
+"""
+
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Molecules, StepBatches
+from finetune import PropertyModel
+from harness.compiled import compile_layers
+from harness.errors import InputError, cli, explain
+from harness.files import provenance, write_json
+from harness.ranks import tune_cpu
+from harness.settings import read_arguments
+from harness.weights import require
+from model import EquivariantMultiHeadAttention, EquivariantTransformer, ModelConfig, setting
+from pretrain import PretrainConfig, make_model, train_step
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    small: str = "data/qm9_demo.h5"  # molecules of about 18 atoms
+    larger: str = ""  # file of molecules of about 33 atoms; empty: its rows are left out
+    md17: str = "data/ethanol_demo.h5"  # frames of one molecule with energies and forces
+    device: str = setting("cpu", choices=("cpu", "cuda"))
+    rounds: int = setting(5, low=1)
+    tuned: bool = True  # false: without harness.ranks.tune_cpu, as the peer is when it is installed
+    out: str = "out/benchmark.json"
+
+
+PUBLISHED = {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}  # as TorchMD-NET
+WIDE = ModelConfig(**PUBLISHED)
+FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
+
+
+def race(contenders, rounds, device):
+    """{name: function} -> {name: seconds of each round}, in turns; first calls do not count."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    warm_up = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded after the first
+    times = {name: [] for name in contenders}
+    for count in range(warm_up + rounds):
+        for name, function in contenders.items():
+            wait()
+            began = time.perf_counter()
+            function()
+            wait()
+            if count >= warm_up:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def bfloat16_is_fast(device):
+    """Whether the machine has instructions for it: without them it is ten times slower."""
+    a = torch.rand(512, 512, device=device)
+    b = a.bfloat16()
+    times = race({"float32": lambda: a @ a, "bfloat16": lambda: b @ b}, 3, device)
+    return min(times["bfloat16"]) < min(times["float32"])
+
+
+def peer_is_installed():
+    return importlib.util.find_spec("torchmdnet") is not None
+
+
+def peer_of(model):
+    """TorchMD-NET's model with the weights of a PropertyModel; None if it is not installed."""
+    if not peer_is_installed():
+        return None
+    with explain("torchmd-net cannot be imported, install it again or remove it", ImportError):
+        from torchmdnet.models.model import create_model
+
+    c = model.encoder.config
+    peer = create_model(
+        dict(embedding_dimension=c.embedding_dimension, num_layers=c.num_layers, num_rbf=c.num_rbf)
+        | dict(num_heads=c.num_heads, cutoff_lower=0.0, cutoff_upper=c.cutoff_upper, max_z=c.max_z)
+        | dict(model="equivariant-transformer", output_model="Scalar", prior_model=None)
+        | dict(derivative=True, rbf_type="expnorm", trainable_rbf=False, activation="silu")
+        | dict(attn_activation="silu", neighbor_embedding=True, distance_influence="both")
+        | dict(vector_cutoff=False, precision=32, max_num_neighbors=128, aggr="add")
+        | dict(reduce_op="add", static_shapes=False, check_errors=True, box_vecs=None)
+        | dict(atom_filter=-1, charge=False, spin=False)
+    )
+    ours = {f"representation_model.{key}": w for key, w in model.encoder.state_dict().items()}
+    ours |= {f"output_model.{key}": w for key, w in model.head.state_dict().items()}
+    theirs = peer.state_dict()
+    matched = {key: ours.get(key.replace("update_net.layers.", "update_net.")) for key in theirs}
+    unknown = [key for key, _ in peer.named_parameters() if matched[key] is None]
+    if unknown:
+        raise InputError(f"torchmd-net has other weights than 3.1.0: {', '.join(unknown)}")
+    peer.load_state_dict({key: theirs[key] if w is None else w for key, w in matched.items()})
+    return peer
+
+
+def random_molecules(path, number, device, forces=False):
+    """`number` random molecules of a file -> the arrays of Molecules.read on the device."""
+    molecules = Molecules(path)
+    if len(molecules) < number:
+        raise InputError(f"{path} holds {len(molecules)} molecules, this takes {number} or more")
+    index = np.random.default_rng(0).permutation(len(molecules))[:number]
+    molecules.check_elements(index, WIDE.max_z)
+    return {key: value.to(device) for key, value in molecules.read(index, forces).items()}
+
+
+def property_model(config, device):
+    torch.manual_seed(0)
+    encoder = EquivariantTransformer(config)
+    return PropertyModel(encoder, "scalar", "sum", torch.zeros(config.max_z)).to(device)
+
+
+def encode(encoder, bf16, training, mol):
+    """A forward pass, with its backward pass if training."""
+    autocast = torch.autocast(mol["pos"].device.type, torch.bfloat16, enabled=bf16)
+    with torch.set_grad_enabled(training), autocast:
+        x, vec, *_ = encoder(mol["z"], mol["pos"], mol["batch"])
+    if training:
+        (x.square().mean() + vec.square().mean()).backward()
+    encoder.zero_grad()
+
+
+def encoder_contenders(file, training, config, device):
+    """The encoder on 50 molecules of config.<file>, if there is one."""
+    path = getattr(config, file)
+    if not path:
+        return {}
+    mol = random_molecules(path, 50, device)
+    model = property_model(WIDE, device)
+    plain, compiled = model.encoder, copy.deepcopy(model.encoder)
+    compile_layers(compiled, EquivariantMultiHeadAttention, device)
+    variants = {"ours": (plain, False), "compiled": (compiled, False)}
+    if training and bfloat16_is_fast(device):
+        variants |= {"bf16": (plain, True), "bf16, compiled": (compiled, True)}
+    if peer := peer_of(model):
+        variants["peer"] = peer.representation_model.to(device), False
+    return {name: partial(encode, *variant, training, mol) for name, variant in variants.items()}
+
+
+OBJECTIVES = {"coord": {"objective": "coord"}, "georecon": {}}
+OBJECTIVES["georecon, alpha 1.2"] = {"alpha": 1.2}
+
+
+def pretrain_contenders(config, device):
+    """A step of each objective, uncompiled and compiled."""
+    contenders, molecules = {}, Molecules(config.small)
+    for name, compiled in product(OBJECTIVES, (False, True)):
+        stage = PretrainConfig(batch_size=50, compile=compiled, **OBJECTIVES[name])
+        model = make_model(stage, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        parts = StepBatches(molecules, np.arange(len(molecules)), 50, stage.seed)[0]
+
+        def step(model=model, optimizer=optimizer, parts=parts, stage=stage):
+            train_step(model, parts, 0, stage, device, 1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        contenders[f"{name}, compiled" if compiled else name] = step
+    return contenders
+
+
+def energy_and_forces(model, mol, training):
+    """Energies and forces; if training, the gradient of their mean square errors, too."""
+    num_molecules = int(mol["batch"][-1]) + 1
+    if isinstance(model, PropertyModel):
+        energy, forces = model(mol["z"], mol["pos"], mol["batch"], num_molecules, forces=True)
+    else:  # the peer marks the positions that it is given as to be differentiated by
+        energy, forces = model(mol["z"], mol["pos"].clone(), mol["batch"])
+    if training:
+        (energy.square().mean() + (forces - mol["forces"]).square().mean()).backward()
+        model.zero_grad()
+
+
+def forces_contenders(frames, training, config, device):
+    """Energies and forces of that many frames of config.md17."""
+    mol = random_molecules(config.md17, frames, device, forces=True)
+    model = property_model(FORCES, device)
+    models = {"ours": model, "compiled": copy.deepcopy(model)}
+    models["compiled"].compile_derivative(device)
+    if peer := peer_of(model):
+        models["peer"] = peer.to(device)
+    for one in models.values():
+        one.train(training).requires_grad_(training)
+    return {name: partial(energy_and_forces, one, mol, training) for name, one in models.items()}
+
+
+WORKLOADS = {
+    "encoder": {
+        f"encoder, {file}, {kind}": partial(encoder_contenders, file, kind == "step")
+        for file, kind in product(("small", "larger"), ("forward", "step"))
+    },
+    "pretrain": {"pretrain": pretrain_contenders},
+    "forces": {f"forces, {n} frames": partial(forces_contenders, n, True) for n in (4, 32)},
+    "md": {"md, 1 frame": partial(forces_contenders, 1, False)},
+}
+
+
+def compare(case, config):
+    """The contenders of each workload of a case in turns, beside a reference if it is there."""
+    device, rounds = torch.device(config.device), config.rounds * (10 if case == "md" else 1)
+    for workload, contenders_of in WORKLOADS[case].items():
+        contenders = contenders_of(config, device)
+        times = race(contenders, rounds, device)
+        reference = times.get("coord" if case == "pretrain" else "peer")
+        for name, found in times.items():
+            row = {"case": workload, "contender": name, "seconds": statistics.median(found)}
+            if reference and found is not reference:
+                pairs = zip(reference, found, strict=True)
+                row["times_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
+            yield row
+
+
+def read_known(out):
+    """{case: what out holds of it}; read again for each case: another run may write to it too."""
+    known = json.loads(out.read_text()) if out.exists() else {}
+    require(known, {str: {"rows": list}}, "it holds something else")
+    return known
+
+
+def main(arguments):
+    chosen, config = read_arguments(BenchmarkConfig, arguments)
+    chosen, device, cpu = chosen or list(WORKLOADS), torch.device(config.device), torch.device("cpu")
+    if unknown := [case for case in chosen if case not in WORKLOADS]:
+        raise InputError(f"no case {unknown[0]!r}: there are {', '.join(WORKLOADS)}", code=2)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device = cuda: torch finds no GPU", code=2)
+    random_molecules(config.small, 200, cpu)
+    if config.larger:
+        random_molecules(config.larger, 50, cpu)
+    if {"forces", "md"} & set(chosen):
+        random_molecules(config.md17, 32, cpu, forces=True)
+    out = Path(config.out)
+    try:
+        read_known(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(f"out = {out}: {error}: name another file", code=2) from None
+    if config.device == "cpu":
+        torch.set_num_threads(1)
+    if config.tuned:
+        tune_cpu()
+    peer = importlib.metadata.version("torchmd-net") if peer_is_installed() else "not installed"
+    print(f"torchmd-net: {peer}\n{'':<56}{'time':>18}{'faster':>9}")
+    about = provenance(device) | {"peer": peer, "settings": asdict(config)}
+    for case in chosen:
+        rows = []
+        for row in compare(case, config):
+            rows.append(row)
+            faster = f"{row['times_faster']:.2f}" if "times_faster" in row else ""
+            name = f"{row['case']:<26}{row['contender']:<30}"
+            print(f"{name}{1000 * row['seconds']:>15.1f} ms{faster:>9}", flush=True)
+        write_json(out, read_known(out) | {case: about | {"rows": rows}})
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli(main, __doc__)

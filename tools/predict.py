@@ -1,0 +1,84 @@
+"""What a fine-tuned model says of your molecules: energies and forces, or a property.
+
+    python -m tools.predict out/demo_forces/best.pt IN.xyz OUT.xyz
+
+OUT.xyz is extended xyz: energies in eV and forces in eV/angstrom, or the property beside its unit.
+"""
+
+from pathlib import Path
+
+import torch
+
+from finetune import load_property_model
+from formats.schema import flaw
+from formats.sources import read_xyz, readable
+from harness.errors import InputError, cli, explain, need
+from harness.files import check_file, check_new, write_whole
+from harness.ranks import tune_cpu
+
+IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
+
+
+def predict_molecule(model, about, z, pos, edge_index=None):
+    """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) or None.
+
+    A model of energies and forces gives eV and eV/angstrom in float64, any other its property in
+    its unit. InputError: an element that the model was not trained on.
+    """
+    if strange := set(z.tolist()) - set(about["elements"]):
+        raise InputError(f"the model was trained on no molecule with element {min(strange)}")
+    forces, batch = about["target"] == "energy_forces", torch.zeros_like(z)
+    centred = (pos - pos.mean(0)).to(next(model.parameters()).dtype)
+    with explain("the radius graph", ValueError):
+        y, f = model(z, centred, batch, 1, forces, edge_index)
+    value = model.restore(y, z, batch).item()
+    if not forces:
+        return value, None
+    scale = IN_EV[about["unit"]]
+    return value * scale, (f.double() * model.std).cpu().numpy() * scale
+
+
+def predict(checkpoint, source, out):
+    """Read the molecules of source, predict each, write them with what was predicted to out."""
+    purpose = "reading and writing xyz"
+    ase, ase_io = need("ase", purpose), need("ase.io", purpose)
+    single_point = need("ase.calculators.singlepoint", purpose)
+    model, about = load_property_model(checkpoint)
+    check_file(source, "give an extended xyz")
+    check_new(out, kinds=(".xyz", ".extxyz"))
+    if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
+        raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
+    with readable(source):
+        molecules = list(read_xyz(Path(source), labelled=False))
+    written = []
+    for mol in molecules:
+        where = f"{source}: molecule {mol['id']}"
+        if "skip" in mol:
+            raise InputError(f"{where} is {mol['skip']}")
+        if cause := flaw(mol["z"], mol["pos"], {}):
+            raise InputError(f"{where} has {cause}")
+        z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
+        with explain(where, InputError):
+            value, forces = predict_molecule(model, about, z, pos)
+        atoms = ase.Atoms(mol["z"], mol["pos"])
+        if forces is None:
+            atoms.info |= {about["name"]: value, "unit": about["unit"]}
+        else:
+            atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
+        written.append(atoms)
+    if not written:
+        raise InputError(f"{source}: no molecules inside")
+    write_whole(Path(out), lambda path: ase_io.write(str(path), written, format="extxyz"))
+    kind = f"{about['name']} and forces" if about["target"] == "energy_forces" else about["name"]
+    print(f"{out}: {kind} of {len(written)} molecules")
+
+
+def main(arguments):
+    if len(arguments) != 3:
+        raise InputError("usage: python -m tools.predict best.pt IN.xyz OUT.xyz", code=2)
+    tune_cpu()
+    predict(*arguments)
+
+
+if __name__ == "__main__":
+    cli(main, __doc__, needed=3)
