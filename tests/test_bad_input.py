@@ -15,15 +15,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import benchmark
-import calculator
 import data
 import finetune
-import graph_embedding
 import lipschitz
-import ntk
 import pretrain
-from data import InputError, Molecules
+from data import Molecules
+from formats.write import sample
+from harness.errors import InputError
+from harness.settings import load_config
+from studies import graph_embedding, ntk
+from tools import benchmark, calculator, predict
 
 ROOT = Path(__file__).parent.parent
 SMALL = f"small={ROOT / 'data/qm9_demo.h5'}"
@@ -40,6 +41,7 @@ PROGRAMS = {
     "data": data.main,
     "pretrain": pretrain.main,
     "finetune": finetune.main,
+    "predict": predict.main,
     "calculator": calculator.main,
     "lipschitz": lipschitz.main,
     "ntk": ntk.main,
@@ -130,7 +132,7 @@ def make_h5():
         file.write(b"\0" * 50)
     changed("ok.h5", "huge_gap.h5", y__gap=np.where(np.arange(len(gap)) == 3, 1e200, gap))
     one_force = forces.copy()  # of a molecule that is not trained on
-    tested = finetune.split_data(pretrain.load_config(finetune.FinetuneConfig, ["e.yaml"]), Molecules("eth.h5"))[2]
+    tested = finetune.split_data(load_config(finetune.FinetuneConfig, ["e.yaml"]), Molecules("eth.h5"))[2]
     one_force[Molecules("eth.h5").ptr[tested["test"][0]]] = np.nan
     changed("eth.h5", "test_force.h5", forces=one_force)
     changed("eth.h5", "other_unit.h5")
@@ -154,12 +156,18 @@ H5 = {  # file -> what is said of it; read by all stages
         "missing": "no such file",
     },
     **{"schema": "schema is georecon/2", "length": "length_unit is bohr", "nan": "not finite", "inf": "not finite"},
-    **{"z0": "atomic number", "z119": "atomic number", "close": "coincide", "back": "ptr must", "late": "ptr must"},
+    **{
+        "z0": "element that does not exist",
+        "z119": "element that does not exist",
+        "close": "two atoms closer",
+        "back": "ptr must",
+        "late": "ptr must",
+    },
     **{"hollow": "ptr must", "none": "ptr must", "short_z": "dataset z is", "short_pos": "dataset pos is"},
     **{"flat_pos": "dataset pos is", "double_pos": "dataset pos is", "int_z": "dataset z is", "no_z": "z is missing"},
     **{"no_pos": "pos is missing", "no_ptr": "ptr is missing", "no_id": "id is missing", "split_far": "split/far"},
     **{
-        "far": "far away",
+        "far": "beyond 100000",
         "turned": "ptr must",
         "taken": "y/energy",
         "linked": "another file",
@@ -382,7 +390,11 @@ WRONG_VALUES = {  # key=value of both training stages
     **{"model.vec_norm_layer=layer": "one of none, rms, whiten", "model.max_z=5": "model.max_z"},
     **{"model.max_num_neighbors=2": "max_num_neighbors", "val_size=100": "val_size", "accumulate=3": "batch_size"},
     **{"lr_cosine_length=0": "at least 1", "deterministic=2": "must be bool", "num_workers=-1": "at least 0"},
-    **{"model.cutoff_upper=1e300": "at most 1000", "model.max_z=1e11": "cannot be made", "model.num_rbf=1e11": "made"},
+    **{
+        "model.cutoff_upper=1e300": "must be below 1000",
+        "model.max_z=1e11": "cannot be made",
+        "model.num_rbf=1e11": "made",
+    },
     **{"model.cutoff_upper=nan": "must be float", f"out_dir={'a' * 300}": "too long", "val_size=1e400": "must be int"},
     **{"out_dir=ok.h5": "ok.h5", "out_dir=ok.h5/run": "ok.h5", "out_dir=run": "already holds a run"},
     **{
@@ -402,7 +414,7 @@ CASES = [
     *(("finetune", ["f.yaml", f"init_from={name}.pt"], 1, words) for name, words in CHECKPOINTS.items()),
     *(("lipschitz", [f"{name}.pt", "data=ok.h5", "num_molecules=3"], 1, words) for name, words in CHECKPOINTS.items()),
     *(("data", ["xyz", f"x_{name}.xyz", "new.h5"], 1, f"x_{name}.xyz") for name in XYZ),
-    *(("finetune", ["predict", "tune/best.pt", f"x_{name}.xyz", "new.xyz"], 1, f"x_{name}.xyz") for name in XYZ),
+    *(("predict", ["tune/best.pt", f"x_{name}.xyz", "new.xyz"], 1, f"x_{name}.xyz") for name in XYZ),
     ("data", ["xyz", "x_bool.xyz", "new.h5"], 1, "energy of frame 0"),
     ("data", ["xyz", "x_unit.xyz", "new.h5"], 1, "is in Hartree, expected eV"),
     ("data", ["xyz", "x_mixed.xyz", "new.h5"], 1, "under REF_"),
@@ -412,8 +424,8 @@ CASES = [
     ("data", ["qm9", "count.tar", "new.h5"], 1, "another number of atoms"),
     ("data", ["pcqm4mv2", "count.zip", "new.h5"], 1, "not readable as xyz: 2"),
     ("data", ["pcqm4mv2", "named.zip", "new.h5"], 1, "name is no number"),
-    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "new.xyz"], 1, "element 31"),
-    *(("finetune", ["predict", f"best_{name}.pt", "x_strange.xyz", "new.xyz"], 1, f"best_{name}.pt") for name in BEST),
+    ("predict", ["tune/best.pt", "x_strange.xyz", "new.xyz"], 1, "element 31"),
+    *(("predict", [f"best_{name}.pt", "x_strange.xyz", "new.xyz"], 1, f"best_{name}.pt") for name in BEST),
     *(("pretrain", ["p.yaml", f"out_dir=last_{name}", "resume=true", "max_steps=4"], 1, "last.pt") for name in LAST),
     ("finetune", ["e.yaml", "out_dir=no_best", "resume=true", "max_steps=4"], 1, "no_best/best.pt"),
     *(("finetune", ["e.yaml", f"out_dir=tune_{name}", "resume=true", "max_steps=4"], 1, "last.pt")
@@ -422,16 +434,16 @@ CASES = [
       for name in ("seed", "target")),
     ("finetune", ["f.yaml", "out_dir=run", "resume=true", "max_steps=4"], 1, "another program"),
     ("pretrain", ["copied/config.yaml", "resume=true", "max_steps=4"], 2, "out_dir=copied"),
-    ("finetune", ["predict", "best_std=negative.pt", "x_strange.xyz", "new.xyz"], 1, "its std"),
-    ("finetune", ["predict", "best_unit=lines.pt", "x_strange.xyz", "new.xyz"], 1, "no word"),
-    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "new.xyz.gz"], 2, "must end in .xyz"),
-    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "/proc/new.xyz"], 1, "/proc"),
-    ("finetune", ["predict", "tune/best.pt"], 2, "usage"),
-    ("finetune", ["predict", "run/encoder.pt", "x_strange.xyz", "new.xyz"], 1, "no best.pt"),
-    ("finetune", ["predict", "tune/last.pt", "x_strange.xyz", "new.xyz"], 1, "no best.pt"),
-    ("finetune", ["predict", "pickled.pt", "x_strange.xyz", "new.xyz"], 1, "could run code"),
-    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "x_same.xyz"], 1, "exists"),
-    ("finetune", ["predict", "tune/best.pt", "x_strange.xyz", "no/new.xyz"], 1, "no such folder"),
+    ("predict", ["best_std=negative.pt", "x_strange.xyz", "new.xyz"], 1, "its std"),
+    ("predict", ["best_unit=lines.pt", "x_strange.xyz", "new.xyz"], 1, "no word"),
+    ("predict", ["tune/best.pt", "x_strange.xyz", "new.xyz.gz"], 2, "must end in .xyz"),
+    ("predict", ["tune/best.pt", "x_strange.xyz", "/proc/new.xyz"], 1, "/proc"),
+    ("predict", ["tune/best.pt"], 2, "usage"),
+    ("predict", ["run/encoder.pt", "x_strange.xyz", "new.xyz"], 1, "no best.pt"),
+    ("predict", ["tune/last.pt", "x_strange.xyz", "new.xyz"], 1, "no best.pt"),
+    ("predict", ["pickled.pt", "x_strange.xyz", "new.xyz"], 1, "could run code"),
+    ("predict", ["tune/best.pt", "x_strange.xyz", "x_same.xyz"], 1, "exists"),
+    ("predict", ["tune/best.pt", "x_strange.xyz", "no/new.xyz"], 1, "no such folder"),
     ("finetune", ["f.yaml", "target=gab"], 2, "no label 'gab'"),
     ("finetune", ["f.yaml", "target="], 2, "target is not set"),
     ("finetune", ["f.yaml", "target=energy_forces"], 2, "has no forces"),
@@ -439,8 +451,8 @@ CASES = [
     ("finetune", ["f.yaml", "data=nan_gap.h5"], 1, "gap is not finite"),
     ("finetune", ["f.yaml", "data=same_gap.h5"], 1, "is the same for all"),
     ("finetune", ["e.yaml", "data=short_forces.h5"], 1, "dataset forces"),
-    ("finetune", ["e.yaml", "data=nan_forces.h5"], 1, "force that is not finite"),
-    ("finetune", ["e.yaml", "data=test_force.h5"], 1, "force that is not finite"),
+    ("finetune", ["e.yaml", "data=nan_forces.h5"], 1, "forces that are not finite"),
+    ("finetune", ["e.yaml", "data=test_force.h5"], 1, "forces that are not finite"),
     ("finetune", ["e.yaml", "data=other_unit.h5"], 1, "must be its derivative"),
     ("finetune", ["e.yaml", "data=blank_unit.h5"], 1, "no attribute unit"),
     ("finetune", ["f.yaml", "data=huge_gap.h5"], 1, "gap is not finite"),
@@ -455,7 +467,7 @@ CASES = [
     ("finetune", ["f.yaml", "data=splits.h5", "test_split=val,test_val", "test_size=0"], 2, "become test_val"),
     ("finetune", ["f.yaml", "loss=huber"], 2, "one of mse, l1"),
     ("finetune", ["f.yaml", "head=vector"], 2, "one of auto"),
-    ("finetune", ["f.yaml", "references=qm9"], 2, "there are none for gap"),
+    ("finetune", ["f.yaml", "references=qm9"], 2, "one of auto, none, fit"),
     ("finetune", ["f.yaml", "lr_schedule=step"], 2, "one of cosine"),
     ("finetune", ["f.yaml", "pooling=max"], 2, "one of mean, sum"),
     *(("finetune", ["probe.yaml", value], 2, "freeze_encoder = true")
@@ -485,7 +497,7 @@ CASES = [
     ("data", ["qm9", "good.npz", "new.h5"], 2, "good.npz"),
     ("data", ["pcqm4mv2", "nothing.zip", "new.h5"], 1, "nothing.zip"),
     ("data", ["info", "missing.h5"], 1, "no such file"),
-    ("data", ["info", "close.h5"], 1, "coincide"),
+    ("data", ["info", "close.h5"], 1, "two atoms closer"),
     ("data", ["sample", "ok.h5", "new.h5", "num=ten", "seed=1"], 2, "usage"),
     ("data", ["sample", "ok.h5", "new.h5", "num=21", "seed=1"], 2, "20 molecules"),
     ("lipschitz", ["data=ok.h5"], 2, "name one"),
@@ -502,11 +514,11 @@ CASES = [
     ("benchmark", ["encoders"], 2, "there are encoder"),
     ("benchmark", ["rounds=0"], 2, "at least 1"),
     ("benchmark", ["alone"], 2, "there are encoder"),
-    ("benchmark", ["loader", SMALL, "out=run/metrics.json"], 2, "something else"),
-    ("benchmark", ["loader", SMALL, "out=/proc/new.json"], 2, "/proc"),
-    ("benchmark", ["loader", "small=ok.h5"], 1, "holds 20 molecules"),
-    ("benchmark", ["loader", SMALL, "larger=ok.h5"], 1, "holds 20 molecules"),
-    ("benchmark", ["loader", "forces", SMALL, "md17" + SMALL.removeprefix("small")], 1, "no forces"),
+    ("benchmark", ["pretrain", SMALL, "out=run/metrics.json"], 2, "something else"),
+    ("benchmark", ["pretrain", SMALL, "out=/proc/new.json"], 2, "/proc"),
+    ("benchmark", ["pretrain", "small=ok.h5"], 1, "holds 20 molecules"),
+    ("benchmark", ["pretrain", SMALL, "larger=ok.h5"], 1, "holds 20 molecules"),
+    ("benchmark", ["pretrain", "forces", SMALL, "md17" + SMALL.removeprefix("small")], 1, "no forces"),
     ("benchmark", ["small=missing.h5"], 1, "no such file"),
     ("benchmark", [SMALL, "md17=missing.h5", "forces"], 1, "no such file"),
     ("finetune", ["e.yaml", "compile=maybe"], 2, "must be bool"),
@@ -516,8 +528,8 @@ CASES = [
     ("graph_embedding", ["run/last.pt", "data=ok.h5", "num_molecules=5"], 2, "at least 10"),
     ("calculator", ["tune/best.pt", "x_strange.xyz", "new.pdf"], 2, "png or .svg"),
     ("calculator", ["tune/best.pt", "x_strange.xyz", "/proc/new.png"], 1, "/proc"),
-    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=0"], 2, "ps must be"),
-    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=x"], 2, "ps=2"),
+    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=0"], 2, "ps = 0.0: must be at least 0.001"),
+    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=x"], 2, "ps = 'x': must be float"),
     ("calculator", ["tune/best.pt", "x_missing.xyz", "new.png"], 1, "x_missing.xyz"),
     ("calculator", ["tune/best.pt", "x_empty.xyz", "new.png"], 1, "x_empty.xyz"),
     ("calculator", ["gap/best.pt", "x_strange.xyz", "new.png"], 1, "not energies and forces"),
@@ -529,8 +541,8 @@ def place(tmp_path_factory):
     """A folder with all the files above, good and bad."""
     folder, before = tmp_path_factory.mktemp("bad"), os.getcwd()
     os.chdir(folder)
-    data.sample(str(ROOT / "data/qm9_demo.h5"), "ok.h5", 20, 3)
-    data.sample(str(ROOT / "data/ethanol_demo.h5"), "eth.h5", 20, 3)
+    sample(Molecules(ROOT / "data/qm9_demo.h5"), "ok.h5", 20, 3)
+    sample(Molecules(ROOT / "data/ethanol_demo.h5"), "eth.h5", 20, 3)
     make_configs()
     make_h5()
     make_raw()
@@ -558,7 +570,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(place, tally, monkeypatch, pro
     assert words in str(error) and "\n" not in str(error) and 10 < len(str(error)) < 600, str(error)
     assert code in (None, error.code), error.code
     after = contents(place)
-    if program in ("pretrain", "finetune") and arguments[:1] != ["predict"]:  # a run may have begun, never replaced one
+    if program in ("pretrain", "finetune"):  # a run may have begun, never replaced one
         after = {path: when for path, when in after.items() if "/out/" not in path}
         assert not list((place / "out").glob("*/metrics.json")) and not list((place / "out").glob("*/.*.tmp"))
     shutil.rmtree(place / "out", ignore_errors=True)
@@ -594,7 +606,7 @@ def refused_or(function, *arguments):
 def test_any_yaml_is_a_config_or_refused(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    config = refused_or(pretrain.load_config, pretrain.PretrainConfig, [str(path)])
+    config = refused_or(load_config, pretrain.PretrainConfig, [str(path)])
     assert config is None or config.batch_size >= 1
 
 

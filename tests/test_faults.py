@@ -23,7 +23,11 @@ import yaml
 
 import finetune
 import pretrain
-from data import InputError, Molecules, cli
+from data import Molecules
+from harness import run
+from harness.errors import InputError, cli
+from harness.folder import Log
+from harness.settings import load_config
 
 ROOT = Path(__file__).parent.parent
 COMMON = {
@@ -281,12 +285,12 @@ def test_a_disk_that_is_full_costs_no_checkpoint(stage, tally):
 
 
 def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(stage, tally, monkeypatch):
-    class FullLog(pretrain.Log):
+    class FullLog(Log):
         def __init__(self, path, *rest, **more):
             super().__init__(Path("/dev/full"), *rest, **more)
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="/dev/full cannot be written: No space"):
-        patch.setattr({"pretrain": pretrain, "finetune": finetune}[stage], "Log", FullLog)
+        patch.setattr(run, "Log", FullLog)
         main(stage, "out_dir=run")
     tally["full disks"] += 1
 
@@ -390,7 +394,7 @@ def test_a_number_in_the_data_that_is_none_is_caught_where_it_enters(stage, tall
         pytest.skip("pretraining reads positions alone")
     molecules, molecule = Molecules(settings["data"]), 17
     if stage == "finetune":  # one that is trained on
-        config = pretrain.load_config(finetune.FinetuneConfig, ["finetune.yaml"])
+        config = load_config(finetune.FinetuneConfig, ["finetune.yaml"])
         molecule = finetune.split_data(config, molecules)[0][5]
     row = molecule if dataset == "energy" else int(molecules.ptr[molecule]) + 1
     path = plant(settings["data"], dataset, row)
@@ -458,8 +462,8 @@ def test_loaders_leave_nothing_behind_when_their_parent_is_killed(stage):
 def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
     busy = tmp_path / "busy"  # written by a worker: a scan of processes may see a fork that is gone a moment later
     command = ["sh", "-c", f"touch {busy}; sleep 30"]
-    work = f"data.parallel(subprocess.run, itertools.cycle({command}), chunk=3)"
-    code = f"import data, itertools, subprocess; list({work})"
+    work = f"sources.parallel(subprocess.run, itertools.cycle({command}), chunk=3)"
+    code = f"import itertools, subprocess; from formats import sources; list({work})"
     process = subprocess.Popen([sys.executable, "-c", code, f"out_dir={tmp_path}"], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not busy.exists() and time.monotonic() < deadline:

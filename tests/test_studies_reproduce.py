@@ -1,4 +1,4 @@
-"""What reproduce.py keeps of a run, what it draws of it, and that a damaged result is one line."""
+"""What is kept of a run, what is drawn of it, and that a damaged result is one line."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import reproduce
-from data import InputError
+from harness.errors import InputError
+from studies import reproduce, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def place(tmp_path, monkeypatch):
     """A folder where results/control is what is committed, and the only results."""
     shutil.copytree(ROOT / "results/control", tmp_path / "results/control")
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -27,10 +27,10 @@ def state(folder):
 
 def test_every_result_is_of_a_run_of_its_study(capsys):
     """Of that name and command: read_results refuses others."""
-    for study, runs in reproduce.STUDIES.items():
+    for study, commands in runs.STUDIES.items():
         there = {path.stem for path in (ROOT / "results" / study).glob("*.json")}
         read = [result["run"] for result in reproduce.read_results(study) if result["study"] == study]
-        assert there == set(read) <= set(runs) and there
+        assert there == set(read) <= set(commands) and there
     reproduce.main([])
     assert "control: 18 of 18 runs done" in capsys.readouterr().out
 
@@ -101,7 +101,7 @@ def test_a_fine_tuning_result_without_its_errors_is_one_line(place, key):
     result = json.loads((ROOT / "results/thermal/aspirin_coord_s1.json").read_text())
     (result["curve_val"][1] if key == "forces_mae" else result).pop(key)
     (place / "results/thermal/aspirin_coord_s1.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match=f"aspirin_coord_s1.json .*lacks the key '{key}'"):
+    with pytest.raises(InputError, match=f"aspirin_coord_s1.json .*its {key} is missing"):
         reproduce.main(["thermal", "draw"])
 
 
@@ -114,7 +114,7 @@ def test_what_is_kept_says_how_it_was_measured(place):
     out.mkdir(parents=True)
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in expected["curve_val"]))
     (out / "metrics.json").write_text(json.dumps({k: v for k, v in expected.items() if k not in ("study", "run")}))
-    for key, (_, file, inner) in reproduce.analyses("control", "coord_rms_s1").items():
+    for key, (_, file, inner) in runs.analyses("control", "coord_rms_s1").items():
         made_by = {"command": key, "commit": "abc", "settings": {"num_molecules": 2}}
         found = {inner: expected[key], "checkpoints": {"last": {"llc": {"15": [1.0, 2.0]}}}} | {inner: expected[key]}
         (place / file).parent.mkdir(parents=True)
@@ -127,3 +127,22 @@ def test_what_is_kept_says_how_it_was_measured(place):
     }
     assert "llc" not in kept["analyses"]["probe_H"]
     assert kept["smoothness"] == expected["smoothness"] and reproduce.read_result("control", "coord_rms_s1") == kept
+
+
+def test_what_reproduce_starts_is_there(place):
+    """Stages by their file, analyses of this folder by their module."""
+    for study, commands in runs.STUDIES.items():
+        for run, command in commands.items():
+            for started in [command, *(other for other, *_ in runs.analyses(study, run).values())]:
+                name = started[1].replace(".", "/") + ".py" if started[0] == "-m" else started[0]
+                assert (ROOT / name).exists(), started
+
+
+def test_a_run_that_fails_is_said_and_leaves_no_result(place, capsys, monkeypatch):
+    monkeypatch.setitem(runs.STUDIES, "control", {"coord_rms_s9": ["nowhere.py", "a.yaml"]})
+    monkeypatch.setattr(reproduce, "analyses", lambda study, run: {})
+    reproduce.execute("control", "coord_rms_s9", 1)
+    said = capsys.readouterr().out
+    assert "control/coord_rms_s9: nowhere.py a.yaml failed with exit code 2, see " in said
+    assert "nowhere.py" in (place / "out/control/coord_rms_s9.txt").read_text()
+    assert not reproduce.finished("control", "coord_rms_s9")

@@ -1,5 +1,6 @@
 """The ASE calculator: the same numbers as predict, forces that are the slope, a neighbour list that is never stale."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 import finetune
-from calculator import SKIN, GeoReconCalculator, constant_energy
-from data import InputError
+from harness.errors import InputError
+from tools import predict
+from tools.calculator import SKIN, GeoReconCalculator, constant_energy
 
 ROOT = Path(__file__).parent.parent
 ETHANOL = ROOT / "data/ethanol_100.xyz"
@@ -37,7 +39,7 @@ def ethanol(best):
 
 
 def test_the_numbers_are_those_of_predict(ethanol, best, tmp_path):
-    finetune.main(["predict", str(best), str(ETHANOL), str(tmp_path / "out.xyz")])
+    predict.main([str(best), str(ETHANOL), str(tmp_path / "out.xyz")])
     predicted = ase.io.read(tmp_path / "out.xyz", index=0)
     assert ethanol.get_potential_energy() == pytest.approx(predicted.get_potential_energy(), abs=1e-6)
     assert np.allclose(ethanol.get_forces(), predicted.get_forces(), atol=1e-5)
@@ -116,11 +118,38 @@ def test_total_energy_is_conserved(ethanol):
 
 def test_the_program(best, tmp_path):
     def run(*arguments):
-        command = [sys.executable, str(ROOT / "calculator.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, "-m", "tools.calculator", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
-    done = run(best, ETHANOL, "nve.png", "ps=0.01")
+    done = run(best, ETHANOL, tmp_path / "nve.png", "ps=0.01")
     assert done.returncode == 0 and "meV per atom and ps" in done.stdout
     assert (tmp_path / "nve.png").stat().st_size > 5000
-    done = run(best, ETHANOL, "nve.png")
+    done = run(best, ETHANOL, tmp_path / "nve.png")
     assert done.returncode == 1 and "exists" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_equal_shapes_from_step_to_step_give_the_same_forces(ethanol):
+    """What compiled code is given on CUDA: the listed pairs, brought up to a multiple by others."""
+    ethanol.positions *= 2.0  # not all pairs lie within cutoff + SKIN
+    expected = ethanol.get_forces()
+    model = ethanol.calc.model
+    shapes = set()
+
+    def gradient(pos, z, batch, num_molecules, edge_index):
+        shapes.add(edge_index.shape[1])
+        return model.gradient(pos, z, batch, num_molecules, edge_index)
+
+    model.compiled, model.multiple = gradient, 32
+    ethanol.calc.listed = None
+    ethanol.calc.reset()
+    assert np.allclose(ethanol.get_forces(), expected, atol=1e-5)
+    assert shapes == {32}
+
+
+def test_a_missing_ase_is_one_line(tmp_path):
+    (tmp_path / "ase.py").write_text("raise ImportError")
+    command = [sys.executable, "-m", "tools.calculator", "best.pt", "in.xyz", "out.png"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("calculator.py: error: the calculator needs the package ase")

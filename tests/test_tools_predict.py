@@ -1,0 +1,121 @@
+"""predict: the numbers of the model, in eV, for molecules of a file; what it cannot do is said."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import finetune
+from data import Molecules
+from finetune import load_property_model
+from harness.errors import InputError
+from tools import predict
+
+ase = pytest.importorskip("ase")
+io = pytest.importorskip("ase.io")
+
+ROOT = Path(__file__).parent.parent
+QM9, ETHANOL = ROOT / "data/qm9_demo.h5", ROOT / "data/ethanol_demo.h5"
+MODEL = {"embedding_dimension": 16, "num_layers": 2, "num_rbf": 16, "num_heads": 4}
+MODEL |= {"vector_cutoff": True}
+COMMON = {"lr": 1e-2, "lr_warmup_steps": 2, "lr_cosine_length": 20, "max_steps": 20}
+COMMON |= {"batch_size": 8, "val_size": 20, "test_size": 20, "model": MODEL}
+GAP = {**COMMON, "data": str(QM9), "target": "gap", "train_size": 100}
+FORCES = {**COMMON, "data": str(ETHANOL), "target": "energy_forces", "train_size": 200}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of two runs of a second."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, settings in (("gap", GAP), ("forces", FORCES)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        finetune.main([str(folder / f"{name}.yaml"), f"out_dir={folder / name}"])
+    return folder
+
+
+def fails(arguments, message, code=None):
+    with pytest.raises(InputError) as error:
+        predict.main([str(argument) for argument in arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert code in (None, error.value.code)
+
+
+def test_energies_and_forces(runs):
+    best = runs / "forces/best.pt"
+    model, _ = load_property_model(best)
+    part = Molecules(ETHANOL).read([7])
+    z, pos = part["z"], part["pos"].double()
+    frames = [ase.Atoms(z.numpy(), pos.numpy() + k) for k in range(2)]
+    io.write("in.xyz", frames, format="extxyz")
+    predict.main([str(best), "in.xyz", "out.xyz"])
+    first, second = io.read("out.xyz", ":")
+    batch = torch.zeros_like(z)
+    y, forces = model(z, pos.float(), batch, 1, forces=True)
+    energy = model.restore(y, z, batch).item()
+    assert first.get_potential_energy() == pytest.approx(energy, abs=1e-4)
+    assert second.get_potential_energy() == pytest.approx(energy, abs=1e-4)
+    assert first.get_forces() == pytest.approx((forces.double() * model.std).numpy(), abs=1e-5)
+
+    content = torch.load(best, weights_only=True)
+    content["property"]["unit"] = "kcal/mol"
+    torch.save(content, "kcal.pt")
+    predict.main(["kcal.pt", "in.xyz", "kcal.xyz"])
+    kcal, unit = io.read("kcal.xyz", 0), ase.units.kcal / ase.units.mol
+    assert kcal.get_potential_energy() == pytest.approx(energy * unit, abs=1e-4)
+    assert kcal.get_forces() == pytest.approx(first.get_forces() * unit, abs=1e-6)
+
+
+def test_a_property_stands_beside_its_unit(runs):
+    water = ase.Atoms("OHH", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]])
+    io.write("in.xyz", water, format="extxyz")
+    predict.main([str(runs / "gap/best.pt"), "in.xyz", "out.xyz"])
+    info = io.read("out.xyz").info
+    assert info["unit"] == "eV" and math.isfinite(info["gap"])
+
+
+def test_what_it_cannot_predict_is_one_line(runs):
+    best = runs / "forces/best.pt"
+    content = torch.load(best, weights_only=True)
+    content["property"]["unit"] = "hartree"
+    torch.save(content, "hartree.pt")
+    io.write("in.xyz", ase.Atoms("OH", [[0, 0, 0], [0, 0, 0.9]]), format="extxyz")
+    io.write("fluorine.xyz", ase.Atoms("HF", [[0, 0, 0], [0, 0, 0.9]]), format="extxyz")
+    Path("junk.xyz").write_text("not an xyz\nat all\n")
+    Path("empty.xyz").write_text("")
+    Path("out.xyz").write_text("of before")
+    fails([best, "in.xyz", "out.xyz"], "out.xyz exists")
+    fails([best, "fluorine.xyz", "new.xyz"], "element 9")
+    fails([best, "nowhere.xyz", "new.xyz"], "nowhere.xyz")
+    fails([best, "junk.xyz", "new.xyz"], "junk.xyz")
+    fails([best, "empty.xyz", "new.xyz"], "empty.xyz")
+    fails([best, "in.xyz", "nowhere/new.xyz"], "nowhere: no such folder")
+    fails(["hartree.pt", "in.xyz", "new.xyz"], "energies in hartree")
+    fails([runs / "forces/last.pt", "in.xyz", "new.xyz"], "no best.pt")
+    fails(["in.xyz", "in.xyz", "new.xyz"], "in.xyz")
+    fails([best, "in.xyz"], "usage", code=2)
+    assert Path("out.xyz").read_text() == "of before" and not Path("new.xyz").exists()
+
+
+def test_broken_geometries_are_refused(runs):
+    for positions in ("0 0 nan", "0 0 0"):
+        Path("in.xyz").write_text(f"2\n\nH 0 0 0\nH {positions}\n")
+        with pytest.raises(InputError, match="molecule 0 has"):
+            predict.main([str(runs / "forces/best.pt"), "in.xyz", "out.xyz"])
+        assert not Path("out.xyz").exists()
+
+
+def test_a_bound_on_neighbours_is_one_line(runs):
+    """Checked in the radius graph, it names the molecule."""
+    content = torch.load(runs / "forces/best.pt", weights_only=True)
+    content["model"]["max_num_neighbors"] = 2
+    torch.save(content, "bound.pt")
+    io.write("in.xyz", ase.Atoms("OHH", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]]))
+    fails(["bound.pt", "in.xyz", "new.xyz"], "molecule 0: the radius graph: max_num_neighbors = 2")
