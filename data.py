@@ -59,7 +59,7 @@ class Molecules:
         return sha256(self.path)
 
     def split(self, name):
-        """Indices of a split that the file brings along, of all molecules if no name is given."""
+        """Indices of a named split of the file, or of all molecules if name is empty."""
         if name and name not in self.splits:
             has = ", ".join(self.splits) or "none"
             raise InputError(f"split = {name}: {self.path} has no such split, it has {has}", code=2)
@@ -175,7 +175,7 @@ def qm9_splits(num):
 
 
 def choose(molecules, split, size, name):
-    """size molecules of a split at random, 0 for all; the same for every seed. name is the setting that asks."""
+    """Draw size molecules of a split (0: all). config.seed does not change the draw. name: the setting, for errors."""
     index = molecules.split(split)
     if size > len(index):
         raise InputError(f"{name} = {size}: there are {len(index)} in {split or molecules.path}", code=2)
@@ -188,7 +188,7 @@ def standard_normal(shape, *key):
 
 
 def normal_of_each(molecules, index, *key):
-    """Standard normal numbers (N, 3) for the molecules index; each one's depend on the key and on it alone."""
+    """Standard normal numbers (N, 3) for the molecules index. A molecule's depend only on key and its own index."""
     sizes = np.diff(molecules.ptr)
     return torch.cat([standard_normal((int(sizes[m]), 3), *key, int(m)) for m in index])
 

@@ -6,9 +6,9 @@ A checkpoint is what init_from of finetune.py takes: an encoder.pt, last.pt or s
 TorchMD-NET or Coord, whose architecture model.key=value says. After them come settings, key=value: data, split,
 num_molecules, iterations, exact, position_noise_scale, batch_size, seed, out_dir.
 
-Local Lipschitz constant (App. B): LLC = |J P|_2, J = dh/dpos (F, 3n), P the projector onto what is no rigid motion,
-in 1/angstrom, since h has no unit. Twice beside it, free of the scale of h: LLC / |h|, and the LLC of features that are
-standardised over the molecules measured. All in float64.
+Local Lipschitz constant (App. B): LLC = |J P|_2, J = dh/dpos (F, 3n), P removes rigid motions. h has no unit, so
+the LLC is in 1/angstrom. Two more figures do not depend on the scale of h: LLC / |h|, and the LLC of features that are
+standardised over the molecules measured. All is float64.
 
 Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per molecule, lipschitz.png and .svg.
 """
@@ -42,7 +42,7 @@ class LipschitzConfig:
     iterations: tuple = setting((5, 15, 25), low=1)  # power iterations after which the norm is noted, Table 1
     exact: bool = False  # the full Jacobian instead, one molecule after another
     batch_size: int = setting(100, low=1)  # molecules at a time
-    # angstrom; measure at geometries with this noise on them; 10 leaves no geometry, and squares of more overflow
+    # angstrom of noise added to the geometries before measuring; at 10 no geometry is left, and larger squares overflow
     position_noise_scale: float = setting(0.0, low=0, below=10.0)
     seed: int = setting(0, low=0)  # of directions and noise
     out_dir: str = "out/lipschitz"
@@ -66,8 +66,8 @@ def pooled(encoder, z, pos, batch, num_molecules, edge_index=None):
 def rigid_motions(pos, batch, num_molecules):
     """Orthonormal basis of the rigid motions of each molecule: pos (N, 3) -> Q (N, 3, 6).
 
-    Three translations and three rotations e_a x (r_i - r_centre); what depends on the others is zero: rank 6, 5 for a
-    linear molecule (to the digits of float32 positions), 3 for an atom.
+    Three translations and three rotations e_a x (r_i - r_centre); dependent columns are zero. The rank is 6, for a
+    linear molecule 5 (to the digits of float32 positions), for an atom 3.
     """
     counts = torch.bincount(batch, minlength=num_molecules)
     r = pos - scatter_mean(pos, batch, num_molecules)[batch]
@@ -94,7 +94,7 @@ def dots(a, b, batch, num_molecules):
 
 
 def jacobian_products(h, pos):
-    """The functions v (N, 3) -> J v (B, F) and u (B, F) -> J^T u (N, 3) of h, a function of pos that autograd knows.
+    """-> the functions v (N, 3) -> J v (B, F) and u (B, F) -> J^T u (N, 3). h must be computed from pos with a graph.
 
     J^T u is linear in u, so its derivative by u along v is J v: with both graphs at hand a product costs no new forward
     pass. h of a molecule depends on its own atoms alone, J is block diagonal: one product serves the whole batch.
@@ -114,7 +114,7 @@ def jacobian_products(h, pos):
 def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
     """|J P|_2 of h / scale (F,) of each molecule, by power iteration from v (N, 3): -> {iterations: (B,)}.
 
-    DEVIATION: not |J v_k| of the last iterate but the norm of J on the span of all: Lanczos' method, at the same cost.
+    DEVIATION: the norm of J on the span of all iterates (Lanczos' method), not |J v_k| of the last. The cost is equal.
     Where two singular values lie close the last iterate alone was 3 % off after 25 steps; this is exact after 15.
     """
     num, found, norm, basis, images = int(batch[-1]) + 1, {}, 0.0, [], []
@@ -224,7 +224,7 @@ def last_of(by_step):
 
 
 def measure(encoder, molecules, index, config, device):
-    """Everything about one encoder, a number a molecule: dict of lists."""
+    """All measurements of one encoder: dict of lists with one entry for each molecule."""
     encoder = encoder.double().eval().requires_grad_(False).to(device)
     parts = list(batches(molecules, index, config, device))
     h = embed(encoder, parts)
@@ -257,7 +257,7 @@ def quantiles(found):
 
 
 def mean_curve(found):
-    """Of Fig. 2, over the molecules that have one: (S,)."""
+    """The mean curve of Fig. 2 over the molecules whose curve is finite: (S,)."""
     curves = np.array(found["sensitivity"])  # (M, S)
     finite = curves[np.isfinite(curves).all(1)]
     return finite.mean(0) if len(finite) else curves[0] * math.nan

@@ -60,7 +60,7 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
     i = atom.repeat_interleave(num_later)  # (C,) candidates: all pairs i < j of a molecule
     start = num_later.cumsum(0) - num_later
     j = torch.arange(len(i), device=pos.device) - start[i] + i + 1
-    # not (>=) rather than (<): a NaN position stays in the graph and shows, instead of leaving an isolated atom
+    # ~(>=), not (<): an atom with a NaN position keeps its pairs, so the NaN reaches the loss
     near = ~((pos[i] - pos[j]).square().sum(-1) >= cutoff**2)
     if max_num_neighbors:
         degree = 1 + torch.bincount(torch.cat([i[near], j[near]]), minlength=len(pos))
@@ -75,8 +75,8 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
 def safe_norm(vec, dim):
     """|vec|, as s / sqrt(s + 1e-10) of the squared length s: first and second derivatives are finite at zero.
 
-    UPSTREAM torchmd-net/models/utils.py:626-645 masks the zero instead. But where a symmetry makes vec vanish (the
-    carbon of CO2) it is rounding, not zero, and d|vec| any direction: here the derivative goes to zero with it.
+    UPSTREAM torchmd-net/models/utils.py:626-645 masks an exact zero. But where symmetry forbids a vector (the
+    carbon of CO2) vec is rounding, and d|vec| points anywhere. Here the derivative goes to zero with vec.
     """
     square = vec.square().sum(dim)
     return square * (square + 1e-10).rsqrt()
@@ -86,7 +86,7 @@ def safe_norm(vec, dim):
 
 
 def linear(x, weight, bias=None):
-    """x W^T + b. Under torch.autocast the product alone runs in bfloat16: all else keeps the precision of x."""
+    """x W^T + b. Under torch.autocast only the product runs in bfloat16. The result has the dtype of x."""
     return nn.functional.linear(x, weight, bias).to(x.dtype)
 
 
@@ -123,7 +123,7 @@ class ExpNormalSmearing(nn.Module):
 
 
 class Graph(NamedTuple):
-    """What the layers know of the geometry: the pairs within the cutoff, and the self-loop that all atoms share."""
+    """The geometry that the layers see: the pairs within the cutoff, and one self-loop for all atoms."""
 
     i: torch.Tensor  # (P,) target of the first direction; the second direction runs from i to j
     j: torch.Tensor  # (P,) source of the first direction
@@ -160,7 +160,7 @@ class EquivariantMultiHeadAttention(nn.Module):
     Per head and directed edge j -> i, self-loops included:
         A_ij     = SiLU(sum_D q_i k_j dk_ij) C(d_ij)                 no softmax, no 1/sqrt(D)
         y_i      = sum_j A_ij (v^x_j dx_ij)
-        w_i      = sum_j vec_j (v^1_j d1_ij) + u_ij (v^2_j d2_ij)    u_ij = (pos_j - pos_i) / d_ij, none on a self-loop
+        w_i      = sum_j vec_j (v^1_j d1_ij) + u_ij (v^2_j d2_ij)    u_ij = (pos_j - pos_i) / d_ij, 0 on a self-loop
         o1,o2,o3 = W_o y_i
         dx_i     = <U1 vec_i, U2 vec_i> o2 + o3,    dvec_i = (U3 vec_i) o1 + w_i
     The filters dk, dx, d1, d2 = SiLU(W rbf(d_ij) + b) depend on the distance alone: they are computed once for both
@@ -183,7 +183,7 @@ class EquivariantMultiHeadAttention(nn.Module):
     def parts(self, proj):
         """Weight (F, C) and bias (F,) of the parts x, 1 and 2 of v_proj or dv_proj.
 
-        UPSTREAM stores the three parts inside each head, (H, 3, D); taken apart here so that each is contiguous.
+        UPSTREAM stores the three parts of a head side by side, (H, 3, D). We split them, so each is contiguous.
         """
         weight = proj.weight.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D, C)
         bias = proj.bias.unflatten(0, (self.num_heads, 3, -1))  # (H, 3, D)
@@ -202,7 +202,7 @@ class EquivariantMultiHeadAttention(nn.Module):
         return (values.unflatten(-1, (self.num_heads, -1)) * attention).flatten(-2)
 
     def fade(self, graph, d_x, *vector_filters):
-        """C (P, 1, 1) of A, d_x, and d_1 and d_2, which give a pair beyond the cutoff no weight."""
+        """-> the factor that A still needs (C or 1), d_x, d_1, d_2. Pairs beyond the cutoff get zero weight."""
         if self.vector_cutoff:  # DEVIATION (off by default): vec messages vanish at the cutoff too, torchmd-net #260
             return 1.0, *(d * graph.cutoff for d in (d_x, *vector_filters))
         cutoff, inside = graph.cutoff.unsqueeze(-1), graph.inside
@@ -235,7 +235,7 @@ class EquivariantMultiHeadAttention(nn.Module):
         return self.update(y, w, vec)
 
     def first(self, x, graph):
-        """forward where vec is zero, before the first layer: no v^1, no messages of vec."""
+        """forward() of the first layer. vec is zero there, so every term with vec or v^1 drops out."""
         q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
         v_x, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[::2])  # (N, F)
         parts = self.parts(self.dv_proj)
@@ -251,7 +251,7 @@ class EquivariantMultiHeadAttention(nn.Module):
             y.index_add_(0, i, self.weigh(v_x.index_select(0, j) * d_x, attention))  # (P, F) -> (N, F)
             along = (v_2.index_select(0, j) * d_2).unsqueeze(1)  # (P, 1, F)
             w.index_add_(0, i, along * (sign * unit))  # (P, 3, F) -> (N, 3, F)
-        # one zero for all atoms: vec_proj is then in the graph of every step and gets a gradient, which DDP needs
+        # vec_proj gets a zero vec, not None: DDP needs a gradient (here zero) for its weights in every step
         return self.update(y, w, x.new_zeros(1, 3, x.shape[1]))
 
     def update(self, y, w, vec):
@@ -267,8 +267,8 @@ class EquivariantMultiHeadAttention(nn.Module):
 class RMSVectorNorm(nn.Module):
     """vec / sqrt(mean(vec^2) + 1), the mean over axes and channels: (N, 3, F) -> (N, 3, F).
 
-    PAPER-SILENT: the default. With eps 1 it shrinks what has grown large and leaves small vectors alone, so a site
-    whose symmetry forces vec = 0 does not amplify rounding: exact on every symmetric molecule.
+    PAPER-SILENT: the default. With eps = 1 it shrinks large vectors and leaves small ones alone. So it does not
+    amplify rounding where symmetry forces vec = 0, and it is exact on every symmetric molecule.
     """
 
     def __init__(self, channels):
@@ -339,7 +339,7 @@ class WhitenVectorNorm(nn.Module):
 
 
 def setting(default, **allowed):
-    """A config field and what it allows: low, below, choices; harness/settings.py holds values against it."""
+    """A config field with its limits (low, below, choices). harness/settings.py checks values against them."""
     return field(default=default, metadata=allowed)
 
 
@@ -388,7 +388,7 @@ class EquivariantLayers(nn.Module):
     def graph(self, pos, batch, edge_index=None):
         """pos (N, 3), batch (N,) -> Graph of the pairs within cutoff_upper.
 
-        edge_index (2, P): those pairs, if they are known; others may be among them, they get no weight.
+        edge_index (2, P): these pairs, if already known; pairs beyond the cutoff may be among them, with zero weight.
         """
         given = edge_index is not None
         if not given:
@@ -482,8 +482,8 @@ class EquivariantScalar(EquivariantHead):
 
     def __init__(self, channels):
         super().__init__(channels)
-        # The last block's vector output is dropped. Its weights stay for the names; without a gradient they must not
-        # ask DDP for one.
+        # Nothing uses the vector output of the last block. Its weights stay so that TorchMD-NET's files load by name.
+        # They get no gradient, so DDP must not wait for one.
         self.output_network[-1].vec2_proj.requires_grad_(False)
 
     def forward(self, x, vec):
@@ -564,17 +564,10 @@ def load_encoder(path):
 if __name__ == "__main__":
     torch.manual_seed(0)
     encoder = EquivariantTransformer(ModelConfig()).double()
-    z = torch.tensor([8, 1, 1, 6, 1, 1, 1, 1])  # water and methane
-    batch = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
-    pos = torch.tensor(
-        [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477], [0, 0, 0]]
-        + [[s, t, s * t / 0.629] for s in (0.629, -0.629) for t in (0.629, -0.629)],
-        dtype=torch.float64,
-    )
+    z, batch = torch.tensor([8, 1, 1]), torch.tensor([0, 0, 0])  # water
+    pos = torch.tensor([[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]], dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-    x, vec = encoder(z, pos, batch)
-    x_turned, vec_turned = encoder(z, pos @ rotation.T, batch)
-    print(f"encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
-    print(f"water and methane: x {tuple(x.shape)}, vec {tuple(vec.shape)}")
-    print(f"after a random rotation or reflection, x changes by {(x - x_turned).abs().max():.0e}, ", end="")
+    (x, vec), (x_turned, vec_turned) = encoder(z, pos, batch), encoder(z, pos @ rotation.T, batch)
+    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters; x {tuple(x.shape)}, vec {tuple(vec.shape)}")
+    print(f"after a random rotation or reflection x changes by {(x - x_turned).abs().max():.0e}, ", end="")
     print(f"vec differs from the turned vec by {(rotation @ vec - vec_turned).abs().max():.0e}")

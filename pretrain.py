@@ -13,8 +13,9 @@ A run writes to out_dir (default out/<name of the config>):
     encoder.pt      the encoder alone: model.load_encoder("out/demo/encoder.pt")
     metrics.json    the final figures, and what made them
 
-Everything random is a function of (seed, step): order and noise are drawn for the global batch and each rank takes its
-slice. So a run that was killed and resumed ends with the same bits, and the number of ranks changes rounding only.
+What is random follows from keys: the order from (seed, epoch), the noise from (seed, step), the first weights from the
+seed; the split and the noise of validation are the same for every seed. Order and noise are of the global batch, of
+which a rank takes its slice. So a killed run resumes to the same bits, and the number of ranks changes rounding only.
 """
 
 import math
@@ -123,9 +124,9 @@ class GraphReconstructionDecoder(EquivariantLayers):
     """The light decoder: predict the noise of each atom from its own embedding and the molecule's pooled one.
 
     h_i = W [x_i^rec || g_clean], then attention layers on the perturbed graph, then a gated head: -> (N, 3). Sec. 4.2.
-    PAPER-SILENT: what the decoder is beyond "lightweight", concatenation and its number of layers. Ours: one linear
-    layer for the concatenation, layers of the encoder's kind, vec of the encoder as their start (None: zero), a head of
-    its own.
+    PAPER-SILENT: the paper says only that the decoder is "lightweight" and concatenates. Ours has one linear layer on
+    the concatenation, then attention layers like the encoder's, then its own head. It starts from the encoder's vec;
+    None starts it from zero.
     """
 
     def __init__(self, config, num_layers):
@@ -178,19 +179,19 @@ class Pretraining(nn.Module):
         x, vec = self.encoder(z.repeat(len(variants)), torch.cat(variants), torch.cat(offsets))
 
         # Node level, Sec. 4.2 "Denoising Head". PAPER-SILENT: the target is eps / sigma, of unit variance.
-        # L_noise = 1/3N sum_i |head(x_i^noised) - eps_i / sigma|^2
-        # L_clean = 1/3N sum_i |head(x_i^clean)  - 0|^2            "a zero noise vector", the same head
+        # L_noise = 1/(3N) sum_i |head(x_i^noised) - eps_i / sigma|^2
+        # L_clean = 1/(3N) sum_i |head(x_i^clean)  - 0|^2            "a zero noise vector", the same head
         predicted = self.noise_head(x[: 2 * N], vec[: 2 * N])
         losses = {"loss_noise": mse_loss(predicted[:N], noise)}
         if config.objective == "coord":
             return {"loss": losses["loss_noise"], **losses}
         losses["loss_clean"] = predicted[N:].square().mean()
 
-        # Graph level, Sec. 4.2 "Reconstruction Head": of the clean molecule the decoder sees its pooled embedding.
-        # L_rec = 1/3N sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
+        # Graph level, Sec. 4.2 "Reconstruction Head": the decoder sees the clean molecule only as g.
+        # L_rec = 1/(3N) sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
-        if not config.decoder_graph_emb:  # a control: all of GeoRecon but what the clean molecule tells the decoder
-            graph_emb = 0 * graph_emb  # no new zeros: attention's score is to have a gradient, of zero
+        if not config.decoder_graph_emb:  # a control: GeoRecon, but g tells the decoder nothing
+            graph_emb = 0 * graph_emb  # not new zeros: attention pooling must still get a (zero) gradient for DDP
         rec = slice(N) if config.alpha == 1 else slice(2 * N, None)
         x_rec, vec_rec = x[rec], vec[rec] if config.decoder_vec else None
         losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
@@ -207,13 +208,13 @@ class Pretraining(nn.Module):
 # ---------------------------------------------------------------- one step
 
 
-TRAIN, VAL = 1, 2  # first number of a noise's key
+TRAIN, VAL = 1, 2  # first number of the key that noise is drawn from
 
 
 def learning_rate(step, config):
     """Linear warm-up over lr_warmup_steps, then a cosine of length lr_cosine_length from lr to lr_min.
 
-    DEVIATION: the closed form; torch's recursion in Coord's code, whose warm-up overwrites it, ends up 0.15 % higher.
+    DEVIATION: closed form. Coord's code has torch's recursion and overwrites it in warm-up: it ends 0.15 % higher.
     """
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / config.lr_warmup_steps
@@ -264,7 +265,7 @@ def train_step(net, parts, step, config, device, world):
 
 
 def validation_batches(molecules, index, size):
-    """The validation molecules in batches, each molecule with a noise of its own that no setting changes."""
+    """The validation molecules in batches. A molecule gets the same noise in every run, whatever the settings."""
     batches = []
     for part in np.array_split(index, math.ceil(len(index) / size)):  # in random order: neighbours in a file are alike
         noise = normal_of_each(molecules, part, VAL)
@@ -287,14 +288,14 @@ def evaluate(model, batches, config, device, rank, world):
 
 
 def report(first_val, last_val):
-    """The lines that say what became of each loss."""
+    """The table of validation losses, at the start and at the end, line by line."""
     yield f"{'validation':<22}{'start':>10}{'end':>10}"
     for name in last_val:
         start = f"{first_val[name]:.4f}" if name in first_val else ""  # inference_batch_size 1 has nothing to shuffle
         yield f"{name:<22}{start:>10}{last_val[name]:>10.4f}"
     if "loss_rec_shuffled" in last_val:
-        gap = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
-        yield f"{'gap':<22}{gap:>20.4f}  rec loss with another molecule's graph embedding, less that with the true one"
+        use = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
+        yield f"{'use of g':<22}{use:>20.4f}  rec loss with another molecule's g, less that with its own"
 
 
 # ---------------------------------------------------------------- the run
@@ -356,7 +357,7 @@ def pretrain(config, run):
         run.record(losses, lr)
         if run.validating:
             validate()
-        if run.saving:
+        if run.saving:  # every save_every steps, at keep_steps, at a signal, at the end
             save()
 
     for line in report(found["first_val"], found["last_val"]):

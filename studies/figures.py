@@ -46,41 +46,32 @@ def losses_table(results):
         yield f"| {run} | {result['steps']:,} | {losses} | {result['device']} |"
 
 
-def draw_losses(plt, results, folder):
-    """Validation losses over the steps, and whether the decoder uses the graph embedding."""
-    figure, (losses, clean, use) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    curves = {("coord", "loss_noise"): (losses, "Coord: noise", "tab:orange", "-")}
-    curves["georecon", "loss_noise"] = losses, "GeoRecon: noise", "black", "-"
-    curves["georecon", "loss_rec"] = losses, "GeoRecon: rec", "tab:blue", "--"
-    curves["georecon", "loss_clean"] = clean, None, "black", "-"
-    for result in results:
-        records = result["curve_val"]
-        steps = [record["step"] for record in records]
-        rounded = "precision=bf16" in result["command"]
-        for (objective, name), (panel, label, color, line) in curves.items():
-            style = {"color": color, "ls": ":" if rounded else line, "lw": 1.2}
-            if label and result["seed"] == results[0]["seed"]:
-                style["label"] = f"{label}, bfloat16" if rounded else label
-            if objective == result["objective"]:
-                panel.plot(steps, [record[name] for record in records], **style)
-        if result["objective"] == "georecon":
-            ratios = [record["loss_rec_shuffled"] / record["loss_rec"] for record in records]
-            style = {"ls": ":" if rounded else "-", "marker": ".", "color": "black", "lw": 1}
-            use.plot(steps, [100 * (ratio - 1) for ratio in ratios], **style)
-    losses.set(xlabel="step", yscale="log", ylim=(0.2, 1.1), title="validation loss: noise and rec")
-    losses.set_yticks([0.2, 0.3, 0.5, 1.0], ["0.2", "0.3", "0.5", "1"], minor=False)
-    losses.set_yticks([], minor=True)
-    clean.set(xlabel="step", yscale="log", title="validation loss: clean")
-    use.set(xlabel="step", ylim=(-0.1, 2), title="rise of rec, %, with a wrong graph emb.")
-    losses.legend(frameon=False)
-    save(figure, folder / "loss.png", results, dpi=120)
-
-
 DOTS = (0, (1, 1))
 # what fine-tuning starts from: color, line
 STARTS = {"scratch": ("0.6", ":"), "coord": ("tab:orange", "--"), "georecon": ("black", "-")}
 STARTS |= {"alpha3": ("tab:blue", "-."), "alpha3_no_g": ("tab:blue", DOTS), "coord_noise3": ("tab:orange", DOTS)}
 STARTS |= {"no_g": ("0.4", DOTS), "rec_only": ("tab:blue", "--")}
+
+
+def draw_losses(plt, results, folder):
+    """Validation losses over the steps, a panel each, and whether the decoder uses the graph embedding."""
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    for axis, name in zip(axes, ("loss_noise", "loss_rec", "loss_clean", "rise"), strict=True):
+        for result in results:
+            records, rounded = result["curve_val"], "precision=bf16" in result["command"]
+            color, line = STARTS[result["objective"]]
+            style = {"color": color, "ls": DOTS if rounded else line, "lw": 1.2}
+            if result["seed"] == results[0]["seed"]:
+                style["label"] = result["objective"] + ", bfloat16" * rounded
+            if name in records[0]:
+                axis.plot([r["step"] for r in records], [r[name] for r in records], **style)
+            elif name == "rise" and "loss_rec_shuffled" in records[0]:
+                rise = [100 * (r["loss_rec_shuffled"] / r["loss_rec"] - 1) for r in records]
+                axis.plot([r["step"] for r in records], rise, **style)
+        axis.set(xlabel="step", yscale="linear" if name == "rise" else "log", title=name)
+    axes[3].set(ylim=(-0.1, 2), title="rise of loss_rec, %, with a wrong g")
+    axes[0].legend(frameon=False)
+    save(figure, folder / "loss.png", results, dpi=120)
 
 
 def by_task(results):

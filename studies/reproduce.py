@@ -4,8 +4,7 @@
     python -m studies.reproduce STUDY [jobs=N]   run what is missing, N runs at a time, then draw
     python -m studies.reproduce STUDY draw       table and figure from results/STUDY/*.json
 
-A run lives in out/STUDY/<run>; a stopped one goes on. results/STUDY/<run>.json keeps a finished one. Delete both to
-run it again.
+A run lives in out/STUDY/<run>, a stopped one goes on; results/STUDY/<run>.json keeps it. Delete both to run it again.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What README.md says of forking: the loop without its harness, another backbone, another objective."""
+"""What README.md says of forking: the loop of pretraining without its harness."""
 
 from dataclasses import replace
 from pathlib import Path

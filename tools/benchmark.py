@@ -11,15 +11,12 @@ md         energy and forces of one frame, as dynamics asks for them
 
 Times are medians of interleaved rounds on one thread, ratios medians of the rounds' ratios. The
 peer is torchmd-net 3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB with torch).
-A finished case replaces what the file `out` held of it.
 """
 
 import copy
 import importlib.metadata
 import importlib.util
-import json
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,10 +30,9 @@ from data import Molecules, StepBatches
 from finetune import PropertyModel
 from harness.compiled import compile_layers
 from harness.errors import InputError, cli, explain
-from harness.files import provenance, write_json
+from harness.files import check_new, provenance, write_json
 from harness.ranks import tune_cpu
 from harness.settings import read_arguments
-from harness.weights import require
 from model import EquivariantMultiHeadAttention, EquivariantTransformer, ModelConfig, setting
 from pretrain import PretrainConfig, make_model, train_step
 
@@ -48,7 +44,6 @@ class BenchmarkConfig:
     md17: str = "data/ethanol_demo.h5"  # frames of one molecule with energies and forces
     device: str = setting("cpu", choices=("cpu", "cuda"))
     rounds: int = setting(5, low=1)
-    tuned: bool = True  # false: without harness.ranks.tune_cpu, as the peer is when it is installed
     out: str = "out/benchmark.json"
 
 
@@ -71,14 +66,6 @@ def race(contenders, rounds, device):
             if count >= warm_up:
                 times[name].append(time.perf_counter() - began)
     return times
-
-
-def bfloat16_is_fast(device):
-    """Whether the machine has instructions for it: without them it is ten times slower."""
-    a = torch.rand(512, 512, device=device)
-    b = a.bfloat16()
-    times = race({"float32": lambda: a @ a, "bfloat16": lambda: b @ b}, 3, device)
-    return min(times["bfloat16"]) < min(times["float32"])
 
 
 def peer_is_installed():
@@ -130,10 +117,9 @@ def property_model(config, device):
     return PropertyModel(encoder, "scalar", "sum", torch.zeros(config.max_z)).to(device)
 
 
-def encode(encoder, bf16, training, mol):
+def encode(encoder, training, mol):
     """A forward pass, with its backward pass if training."""
-    autocast = torch.autocast(mol["pos"].device.type, torch.bfloat16, enabled=bf16)
-    with torch.set_grad_enabled(training), autocast:
+    with torch.set_grad_enabled(training):
         x, vec, *_ = encoder(mol["z"], mol["pos"], mol["batch"])
     if training:
         (x.square().mean() + vec.square().mean()).backward()
@@ -149,12 +135,10 @@ def encoder_contenders(file, training, config, device):
     model = property_model(WIDE, device)
     plain, compiled = model.encoder, copy.deepcopy(model.encoder)
     compile_layers(compiled, EquivariantMultiHeadAttention, device)
-    variants = {"ours": (plain, False), "compiled": (compiled, False)}
-    if training and bfloat16_is_fast(device):
-        variants |= {"bf16": (plain, True), "bf16, compiled": (compiled, True)}
+    encoders = {"ours": plain, "compiled": compiled}
     if peer := peer_of(model):
-        variants["peer"] = peer.representation_model.to(device), False
-    return {name: partial(encode, *variant, training, mol) for name, variant in variants.items()}
+        encoders["peer"] = peer.representation_model.to(device)
+    return {name: partial(encode, encoder, training, mol) for name, encoder in encoders.items()}
 
 
 OBJECTIVES = {"coord": {"objective": "coord"}, "georecon": {}}
@@ -230,13 +214,6 @@ def compare(case, config):
             yield row
 
 
-def read_known(out):
-    """{case: what out holds of it}; read again for each case: another run may write to it too."""
-    known = json.loads(out.read_text()) if out.exists() else {}
-    require(known, {str: {"rows": list}}, "it holds something else")
-    return known
-
-
 def main(arguments):
     chosen, config = read_arguments(BenchmarkConfig, arguments)
     chosen, device, cpu = chosen or list(WORKLOADS), torch.device(config.device), torch.device("cpu")
@@ -249,20 +226,14 @@ def main(arguments):
         random_molecules(config.larger, 50, cpu)
     if {"forces", "md"} & set(chosen):
         random_molecules(config.md17, 32, cpu, forces=True)
-    out = Path(config.out)
-    try:
-        read_known(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(f"out = {out}: {error}: name another file", code=2) from None
+    check_new(config.out, make_folder=True)
     if config.device == "cpu":
         torch.set_num_threads(1)
-    if config.tuned:
-        tune_cpu()
+    tune_cpu()
     peer = importlib.metadata.version("torchmd-net") if peer_is_installed() else "not installed"
     print(f"torchmd-net: {peer}\n{'':<56}{'time':>18}{'faster':>9}")
     about = provenance(device) | {"peer": peer, "settings": asdict(config)}
+    cases = {}
     for case in chosen:
         rows = []
         for row in compare(case, config):
@@ -270,7 +241,8 @@ def main(arguments):
             faster = f"{row['times_faster']:.2f}" if "times_faster" in row else ""
             name = f"{row['case']:<26}{row['contender']:<30}"
             print(f"{name}{1000 * row['seconds']:>15.1f} ms{faster:>9}", flush=True)
-        write_json(out, read_known(out) | {case: about | {"rows": rows}})
+        cases[case] = about | {"rows": rows}
+        write_json(Path(config.out), cases)
     print(f"wrote {config.out}")
 
 
