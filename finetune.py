@@ -50,8 +50,8 @@ from pretrain import learning_rate as cosine_rate
 
 HEADS = {"scalar": EquivariantScalar, "dipole": EquivariantDipoleMoment, "extent": ElectronicSpatialExtent}
 HEAD_OF = {"mu": "dipole", "r2": "extent"}  # all other targets: scalar, a sum over the atoms
-# what grows with the molecule gets a reference per element; orbital energies do not (torchmd-net #64)
-WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy_forces"}
+# targets that grow with the molecule get a reference for each element, orbital energies none (torchmd-net #64)
+WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy", "energy_forces"}
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class FinetuneConfig:
     lr_warmup_steps: int = setting(10_000, low=0)
     lr_cosine_length: int = setting(100_000, low=1)
     lr_patience: int = setting(15, low=0)  # plateau: validations without a gain before lr falls
-    lr_factor: float = setting(0.8, low=0.01, below=1)  # PAPER-SILENT: by this
+    lr_factor: float = setting(0.8, low=0.01, below=1)  # PAPER-SILENT. plateau: lr falls to lr * lr_factor
     clip_norm: float = setting(0.0, low=0, probe=False)  # of the gradient; 0: none, as the paper
-    ema_decay: float = setting(0.0, low=0, below=1, probe=False)  # of an average of the weights, which is tested
+    ema_decay: float = setting(0.0, low=0, below=1, probe=False)  # above 0: a moving average of the weights is tested
 
     inference_batch_size: int = setting(128, low=1)
     num_workers: int = setting(0, low=0)
@@ -126,9 +126,9 @@ def learning_rate(step, config):
 
 
 def plateau_rate(lr, plateau, score, config):
-    """lr, or lr_factor of it once more than lr_patience validations brought no gain, as torch's ReduceLROnPlateau.
+    """lr, or lr * lr_factor after more than lr_patience validations without a gain, as torch's ReduceLROnPlateau.
 
-    plateau {best, num_bad_epochs} is what is known of earlier validations.
+    plateau {best, num_bad_epochs} is the state that validations hand on; it is changed in place.
     """
     if score < plateau["best"] * (1 - 1e-4):
         plateau.update(best=score, num_bad_epochs=0)
@@ -195,7 +195,7 @@ class Labels:
         self.forces = config.target == "energy_forces"
         self.name = "energy" if self.forces else config.target
         self.raw = molecules.label(self.name)  # (M,)
-        if not (np.abs(self.raw) < 1e30).all():
+        if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
         self.unit = molecules.units[self.name]
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
@@ -207,14 +207,15 @@ class Labels:
         self.references = fit if has_references else np.zeros(max_z)
         rest = self.raw[train] - counts @ self.references  # (M,)
         centred = config.target not in HEAD_OF  # not a length or a second moment, which are never negative
-        self.mean = rest.mean() if centred else 0.0
-        self.std = rest.std() if centred else np.abs(rest).mean()
-        if self.forces:  # energies may be nearly equal; forces say what an error is worth
+        self.mean, self.std = (rest.mean(), rest.std()) if centred else (0.0, np.abs(rest).mean())
+        if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
             self.std = max(self.std, 1e-3 * forces.square().mean().sqrt().item())
-        too_few = self.references.any() and np.linalg.matrix_rank(counts) < len(self.elements)
-        remark = "; too few compositions to tell the elements apart: valid for the trained compositions alone"
-        self.remark = remark if too_few else ""
+        self.remark = "after fitted atom references" if has_references else "no atom references"
+        if has_references and np.linalg.matrix_rank(counts) < len(self.elements):
+            self.remark += "; too few compositions to tell the elements apart: valid for these alone"
+        elif not has_references and np.var(self.raw[train] - counts @ fit) < 0.01 * np.var(self.raw[train]):
+            self.remark += "; it grows with the molecule: try references=fit"
         held = {name: molecules.composition(index, max_z, self.forces).any(0) for name, index in others.items()}
         if missing := sorted(name for name, elements in held.items() if (elements & ~counts.any(0)).any()):
             faulty = f"{molecules.path}: {' and '.join(missing)} hold an element"
@@ -266,7 +267,7 @@ class PropertyModel(nn.Module):
         return gradient, y if self.training else y.detach()
 
     def compile_derivative(self, device, one_shape=True):
-        """From now on compiled code computes energies and forces, and what training makes of them."""
+        """Compile energies, forces and their gradients for training. From now on forward() runs the compiled code."""
 
         def total(*arguments):
             y = self.predict(*arguments)
@@ -275,7 +276,7 @@ class PropertyModel(nn.Module):
         self.compiled, self.multiple = compile_gradient(total, device, one_shape)
 
     def pairs(self, pos, batch):
-        """The pairs within the cutoff: -> edge_index (2, P), where others make P a multiple of self.multiple."""
+        """-> edge_index (2, P) of the pairs within the cutoff, padded with others to a multiple of self.multiple."""
         cutoff = self.encoder.config.cutoff_upper
         near = radius_graph(pos, batch, cutoff, self.encoder.config.max_num_neighbors)
         if self.multiple == 1:
@@ -328,7 +329,7 @@ class Finetuning(nn.Module):
         return {"loss": total, **losses}
 
 
-# templates of best.pt, see harness/weights.require, and of what it says of itself
+# BEST: what a best.pt must hold, see harness/weights.require. ABOUT: its entry `property`
 ABOUT = dict.fromkeys(("target", "name", "unit", "head", "reduce"), str)
 ABOUT |= {"elements": list, "val": {str: float}, "step": int}
 BEST = {"schema": "georecon/1", "model": dict, "state_dict": dict, "property": ABOUT}
@@ -353,7 +354,7 @@ def load_property_model(path, device="cpu"):
 
 
 def check_best(path, step, state, target):
-    """Refuse to resume beside a best.pt that is not of this run; a kill may have left one of a step after last.pt's."""
+    """Refuse to resume if best.pt is of another run. After a kill it may be of a later step than last.pt."""
     about = load_property_model(path)[1]
     same = about["target"] == target and about["val"].keys() == state["best_val"].keys()
     now = (about["step"], about["val"]) == (state["best_step"], state["best_val"])
@@ -393,7 +394,7 @@ def errors(model, molecules, index, labels, config, device, rank=0, world=1):
 
 
 def score(found, labels, config):
-    """What chooses best.pt: the errors weighted as the losses. PAPER-SILENT."""
+    """best.pt has the lowest score: the errors, weighted like the losses. PAPER-SILENT."""
     if labels.forces:
         return config.energy_weight * found["energy_mae"] + config.force_weight * found["forces_mae"]
     return found[f"{labels.name}_mae"]
@@ -485,7 +486,7 @@ def train_step(net, parts, step, labels, config, device, world):
     return backward(net, parts, share_of, world)
 
 
-# of last.pt, beside what the harness demands; the plateau's best is infinite at first
+# what last.pt must hold besides the harness's entries. (float,) also allows infinity, plateau's best at first
 LAST = {"best_val": {str: float}, "best_step": int, "plateau": {"best": (float,), "num_bad_epochs": int}}
 LAST["init_sha256"] = (str, type(None))
 
@@ -511,8 +512,7 @@ def finetune(config, run):
     module = Finetuning(model, config).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
     if config.compile and forces:
-        one_size = len(set(np.diff(molecules.ptr))) == 1
-        model.compile_derivative(device, one_size and config.accumulate == 1)
+        model.compile_derivative(device, one_shape=len(set(np.diff(molecules.ptr))) == config.accumulate == 1)
     elif config.compile:
         compile_layers(module, EquivariantMultiHeadAttention, device)
     # the extent head takes no vectors; a probe trains neither encoder nor head
@@ -527,7 +527,7 @@ def finetune(config, run):
         check_best(run.folder / "best.pt", run.step, state, config.target)
     run.begin(
         f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}",
-        f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit} after atom references{labels.remark}",
+        f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit}, {labels.remark}",
         encoder_line,
         f"{num_parameters(module):,} parameters",
     )

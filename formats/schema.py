@@ -24,7 +24,7 @@ import numpy as np
 from harness.errors import FOREIGN, InputError, explain
 
 SCHEMA = "georecon/1"
-# Below every bond there is (H-H 0.74 Å), also in hot molecular dynamics: two atoms this near are a broken file.
+# Every bond is longer (H-H 0.74 Å), even in hot molecular dynamics. Two atoms this close mean a broken file.
 MIN_DISTANCE = 0.5  # Å
 MAX_COORDINATE = 1e5  # Å; beyond it float32 does not hold a bond to a hundredth
 
@@ -49,7 +49,7 @@ def texts(item):
 
 
 def read_contents(path):
-    """Hold every dataset of a file against the schema -> Contents; an InputError names what does not fit."""
+    """Check every dataset of a file against the schema -> Contents. An InputError names what does not fit."""
     with explain(f"{path}: not a whole HDF5 file, convert it again", *FOREIGN), h5py.File(path, "r") as file:
         attrs = texts(file)
         for key, wanted in (("schema", SCHEMA), ("length_unit", "angstrom")):

@@ -1,20 +1,17 @@
 """Raw files of each source -> molecules, one after another.
 
 A molecule on its way is a dict: id, z (n,), pos (n, 3) Å, labels {dataset: value}, split (names); one that cannot be
-used is {id, skip: cause}.
+used is {id, skip: cause}. notes (texts) are counted and printed when it is written.
 """
 
 import bz2
 import csv
-import ctypes
 import gzip
 import io
 import itertools
 import lzma
 import os
 import re
-import signal
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -26,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import FOREIGN, InputError, explain, need
+from harness.ranks import follow_parent
 
 HAR2EV = 27.211386246  # eV per Hartree
 SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y
@@ -55,7 +53,7 @@ QM9_LABELS = (  # name and unit here, column in qm9pack; in the order of the xyz
 
 
 def readable(*paths):
-    """Whatever goes wrong while reading raw files becomes one line that names them."""
+    """Turn any error while reading raw files into one line that names them."""
     kinds = (*FOREIGN, csv.Error, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
     return explain(f"{' '.join(map(str, paths))}: damaged, cut off or not the right kind of file", *kinds)
 
@@ -91,13 +89,6 @@ def sdf_blocks(file):
         raise EOFError("the last molecule has no closing $$$$")
 
 
-def worker_signals():
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # the parent gets it too, and ends its pool in order
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive a parent that was killed
-
-
 def parallel(function, items, chunk=256):
     """Results of function(list of items) -> list, over all cores; in order, with few chunks in flight at a time."""
     items = iter(items)
@@ -107,7 +98,7 @@ def parallel(function, items, chunk=256):
         yield from function(first)
         return
     workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, initializer=worker_signals) as pool:
+    with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
         pending = deque()
         for piece in itertools.chain([first], chunks):
             pending.append(pool.submit(function, piece))
@@ -155,17 +146,17 @@ def parse_sdf(items):
     RDLogger.DisableLog("rdApp.*")
     molecules = []
     for key, block in items:
-        lines = block.split("\n", 2)
-        # Unsanitized: charges and valences are no matter here, and RDKit's opinion of them would cost molecules.
-        mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        # Unsanitized: charges and valences do not matter here, and RDKit's opinion of them would cost molecules.
+        mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False, strictParsing=False)
         if mol is None:
             molecules.append({"id": key, "skip": "RDKit cannot read it"})
-        elif len(lines) > 1 and lines[1][20:22] == "2D":
-            molecules.append({"id": key, "skip": "drawn in 2D: no geometry"})
+        elif mol.GetNumAtoms() > 1 and not mol.GetConformer().Is3D():
+            molecules.append({"id": key, "skip": "flat and not marked 3D: a drawing, no geometry"})
         else:
             z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
             pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
-            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}})
+            notes = {f"not read: tag {tag}" for tag in re.findall(r"^>.*<(.+)>.*\n[-+.\d]", block, re.M)}
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "notes": notes})
     return molecules
 
 
@@ -268,7 +259,25 @@ def read_sdf(raw):
 
 KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
 EV = {"energy": "eV", "forces": "eV/angstrom"}
-NPZ_UNITS = {"e_unit": ("kcal/mol", "kcal mol-1", "kcal mol^-1"), "r_unit": ("ang", "angstrom", "å", "a")}
+LABEL = re.compile("energ|force|gradient|dipole|gap|homo|lumo", re.I)  # names that look like labels
+# quantities that are not read, and units that stand alone as a word of a comment line
+NOT_READ = re.compile("time|temp|mass|charge|stress|press|virial|dipole|moment|veloc|step")
+LONE_UNITS = {"hartree", "ha", "bohr", "kcal", "kcal/mol", "kj/mol", "ry", "rydberg", "mev", "au", "a.u.", "nm", "pm"}
+
+
+def check_units(stated, energy, where):
+    """Refuse other units than energy and angstrom, under whatever key: stated {key: one, several, or by quantity}."""
+    claims = {key: value for key, value in stated.items() if "unit" in key.lower()}
+    claims |= {key: key.lower() for key in stated if key.lower() in LONE_UNITS}
+    claims |= {key: m[1] for key in stated if (m := re.fullmatch(r"(?:positions|cell)(\w+)", key))}  # i-PI, without {}
+    for key, value in claims.items():
+        entries = value if isinstance(value, dict) else {f"{key} {k}": text for k, text in enumerate(np.ravel(value))}
+        for name, text in entries.items():
+            unit = re.sub(r"[\s*]+", "", str(text).lower()).replace("mol^-1", "/mol").replace("mol-1", "/mol")
+            unit = re.sub(r"(^|/)(angstroms?|ångströms?|ang|å|a)$", r"\1angstrom", unit)
+            fits = unit in (energy.lower(), "angstrom", f"{energy.lower()}/angstrom")
+            if not fits and not NOT_READ.search(f"{key} {name}".lower()):
+                raise InputError(f"{where}: its {key} says {text}: convert the numbers to {energy} and angstrom first")
 
 
 def read_npz(raw, keys, index=None):
@@ -278,9 +287,10 @@ def read_npz(raw, keys, index=None):
     with np.load(raw, allow_pickle=False) as arrays:
         if missing := [key for key in (*keys, index) if key and key not in arrays]:
             raise InputError(f"{raw}: no {', '.join(missing)} among its arrays {', '.join(arrays)}: wrong SOURCE?")
-        for key, known in NPZ_UNITS.items():  # where the file says them
-            if key in arrays and (said := str(arrays[key].astype(str))).lower() not in known:
-                raise InputError(f"{raw}: its {key} is {said}, expected {known[0]}: convert the numbers first")
+        check_units({key: arrays[key].astype(str) for key in arrays if "unit" in key.lower()}, "kcal/mol", raw)
+        if periodic := {"lattice", "cell", "pbc"} & {key.lower() for key in arrays}:
+            raise InputError(f"{raw}: has a {min(periodic)}: periodic systems are no molecules")
+        notes = {f"not read: {key}" for key in arrays if LABEL.search(key) and key not in keys}
         z, pos, energy, forces = (arrays[key] for key in keys)
         ids = arrays[index] if index else np.arange(len(pos))
     shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
@@ -293,34 +303,40 @@ def read_npz(raw, keys, index=None):
         if (ids != ids.astype(np.int64)).any():
             raise InputError(f"{raw}: {index} must be whole numbers")
     for key, frame, e, f in zip(ids, pos, energy.reshape(-1), forces):
-        yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": {"energy": float(e), "forces": f}}
+        labels = {"energy": float(e), "forces": f}
+        yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": labels, "notes": notes}
 
 
-def xyz_labels(key, atoms):
-    """Energy and forces of frame `key`; a ValueError where it is not clear what they are."""
-    known = {k.removeprefix("REF_"): v for k, v in (atoms.info | atoms.arrays).items() if k.startswith("REF_")}
-    plain = dict(atoms.calc.results if atoms.calc else {})
+def xyz_labels(key, atoms, levels):
+    """-> labels of frame `key`, names of look-alikes that are not read; a ValueError where labels are not clear.
+
+    levels: the set of those that the frames so far had, REF_ or plain; a file is of one.
+    """
+    stated, plain = atoms.info | atoms.arrays, dict(atoms.calc.results if atoms.calc else {})
+    known = {k.removeprefix("REF_"): v for k, v in stated.items() if k in ("REF_energy", "REF_forces")}
     found = {name: value for name, value in (plain | known).items() if name in EV}
-    if len(found.keys() & known.keys()) == 1 and len(found) == 2:
-        raise ValueError(f"frame {key} has energy or forces under REF_, the other without: are they of one level?")
-    said = [str(atoms.info[name]) for name in ("unit", "units", "energy_unit") if name in atoms.info]
-    if found and (strange := [unit for unit in said if unit.lower() not in ("ev", "ev/angstrom")]):
-        raise ValueError(f"frame {key} is in {strange[0]}, expected eV: convert the numbers first")
+    levels |= {"REF_"} if known else {"plain"} if found else set()
+    if len(levels) > 1 or known and known.keys() != found.keys():
+        raise ValueError(f"frame {key} has labels under REF_ and others without it: are they of one level? Keep one")
     if isinstance(found.get("energy"), (bool, np.bool_)):
         raise ValueError(f"the energy of frame {key} is {found['energy']}")
-    return {name: float(v) if name == "energy" else np.asarray(v, dtype=np.float64) for name, v in found.items()}
+    labels = {name: float(v) if name == "energy" else np.asarray(v, dtype=np.float64) for name, v in found.items()}
+    read = {f"REF_{name}" for name in EV} if known else EV.keys()
+    return labels, {f"not read: {name}" for name in stated | plain if LABEL.search(name) and name not in read}
 
 
 def read_xyz(raw, labelled=True):
     """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
-    ase = need("ase.io", "reading extended xyz")
+    ase, levels = need("ase.io", "reading extended xyz"), set()
     with io.TextIOWrapper(open_raw(raw)) as file:
         for key, atoms in enumerate(ase.iread(file, index=":", format="extxyz")):
             if atoms.pbc.any():
                 yield {"id": key, "skip": "periodic: not a molecule"}
                 continue
-            labels = xyz_labels(key, atoms) if labelled else {}
-            yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels}
+            check_units(atoms.info, "eV", f"{raw}: frame {key}")
+            labels, notes = xyz_labels(key, atoms, levels) if labelled else ({}, set())
+            mol = {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels, "notes": notes}
+            yield mol | {"atoms": atoms}
         if any(line.strip() for line in file):  # ase stops at a blank line
             raise ValueError("a blank line between molecules: remove it")
 

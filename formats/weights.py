@@ -1,11 +1,14 @@
 """Weights of others -> an encoder: our checkpoints, and state dicts of TorchMD-NET and Coord."""
 
+import re
 from dataclasses import asdict, replace
 
 from harness.errors import explain
 from harness.settings import build_config
 from harness.weights import read_torch
 from model import EquivariantTransformer, ModelConfig
+
+WRAPPERS = re.compile(r"\b(module|_orig_mod)\.")  # of DataParallel and torch.compile
 
 
 def load_representation(encoder, state_dict):
@@ -15,12 +18,14 @@ def load_representation(encoder, state_dict):
     used. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
     """
     prefix = "representation_model."
-    if any(prefix in key for key in state_dict):
+    if owners := {key.split(prefix)[0] for key in state_dict if prefix in key}:
+        if len(owners) > 1:
+            raise ValueError(f"it holds several networks, under {', '.join(map(repr, sorted(owners)))}: save one apart")
         state_dict = {key.split(prefix, 1)[1]: value for key, value in state_dict.items() if prefix in key}
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith("distance.")}
     ours = encoder.state_dict()
-    faults = [f"{key} missing" for key in ours if key not in state_dict]
-    faults += [f"{key} unexpected" for key in state_dict if key not in ours]
+    faults = [f"{key} unexpected" for key in state_dict if key not in ours]
+    faults += [f"{key} missing" for key in ours if key not in state_dict]
     faults += [
         f"{key} {tuple(state_dict[key].shape)} where {tuple(value.shape)} is needed"
         for key, value in ours.items()
@@ -37,12 +42,12 @@ def read_encoder(path, model):
     encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
     """
     content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
-    state_dict = content.get("state_dict", content)
+    state_dict = {WRAPPERS.sub("", str(key)): value for key, value in content.get("state_dict", content).items()}
     with explain(f"no encoder can be made of {path}"):
         if "schema" in content:
             if content["schema"] != "georecon/1":
                 raise ValueError(f"its schema is {content['schema']}, not georecon/1")
-            # vector messages may be made to vanish at the cutoff after pretraining: no weights belong to it
+            # vector_cutoff has no weights, so it may be turned on after pretraining
             vector_cutoff = model.vector_cutoff
             model = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
             model = replace(model, vector_cutoff=model.vector_cutoff or vector_cutoff)
@@ -56,7 +61,7 @@ def read_encoder(path, model):
 
 def make_encoder(config, checkpoint):
     """-> the encoder of init_from, or a fresh one, and the line that says which weights it has."""
-    if checkpoint and config.init_from:  # which may be another file by now: its weights are in the checkpoint
+    if checkpoint and config.init_from:  # init_from may have changed since; last.pt has the weights
         with explain(f"{config.out_dir}/last.pt does not fit this code's model"):
             own = build_config(ModelConfig, checkpoint["config"]["model"])
         own = replace(own, vector_cutoff=own.vector_cutoff or config.model.vector_cutoff)

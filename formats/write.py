@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from array import array
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def unfit(mol):
 
 
 class Columns:
-    """What is going to be the datasets of a file: atoms stream to the disk, 8 bytes a molecule and label stay."""
+    """Collects the datasets of a file. Atoms go to disk; 8 bytes for each molecule and label stay in memory."""
 
     def __init__(self, folder, stack):
         files = {name: open(f"{folder}/{name}", "w+b") for name in ("z", "pos", "forces")}  # noqa: SIM115
@@ -91,11 +92,11 @@ class Columns:
 
 
 def write_h5(out, molecules, attrs, units, splits_of=None):
-    """Stream molecules into a new file of the schema -> (molecules, atoms, {cause: (count, first ids)}) written.
+    """Stream molecules into a new file of the schema -> molecules, atoms, {cause: (count, first ids)}, {note: count}.
 
     splits_of(number of molecules) -> {name: indices} gives the file splits that its source does not bring along.
     """
-    skipped = {}
+    skipped, notes = {}, Counter()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, ExitStack() as stack:
         columns = Columns(folder, stack)
         for mol in map(as_stored, molecules):
@@ -104,6 +105,7 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
                 skipped[cause] = count + 1, first + [mol["id"]] if count < 5 else first
             else:
                 columns.append(mol, attrs["source"])
+                notes.update(mol.get("notes", ()))
         if columns.num_molecules == 0:
             why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
             raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
@@ -111,7 +113,7 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
             columns.splits |= splits_of(columns.num_molecules)
         columns.assemble(f"{folder}/out.h5", attrs, units)
         os.replace(f"{folder}/out.h5", out)
-    return columns.num_molecules, columns.num_atoms, skipped
+    return columns.num_molecules, columns.num_atoms, skipped, notes
 
 
 def copy_part(part, dataset, rows=1 << 20):
@@ -128,13 +130,15 @@ def save(out, molecules, attrs, units, splits_of=None):
     begun = time.perf_counter()
     try:
         stream = tqdm(molecules, unit=" molecules", disable=None)
-        written, atoms, skipped = write_h5(out, stream, attrs, units, splits_of)
+        written, atoms, skipped, notes = write_h5(out, stream, attrs, units, splits_of)
     except OSError as error:  # reading has its own errors by now
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     seconds, size = time.perf_counter() - begun, out.stat().st_size / 1e6
     print(f"{out}: {written:,} molecules, {atoms:,} atoms, {size:.1f} MB, in {seconds:.1f} s")
     labels = read_contents(out).units
     print("  labels: " + (", ".join(f"{name} [{unit}]" for name, unit in labels.items()) or "none, geometries only"))
+    for note, count in sorted(notes.items()):
+        print(f"  {note} ({count:,} molecules)")
     print(f"  skipped {sum(count for count, _ in skipped.values()):,}")
     for cause, (count, first) in sorted(skipped.items()):
         print(f"    {count:,}: {cause} (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})")

@@ -8,7 +8,7 @@ from harness.errors import InputError
 
 
 def check_compiler(device):
-    """Compile a trifle that no cache holds: torch would look for its compiler only in the first step."""
+    """Compile a tiny new function now. Otherwise a missing compiler would show only in the first step."""
     salt = time.time_ns() % 2**30
     try:
         torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
@@ -44,5 +44,5 @@ def compile_gradient(function, device, one_shape):
 
 
 def fill_up(mask, multiple):
-    """Set more entries of a mask, if it has any, up to a multiple: equal shapes from call to call, for CUDA graphs."""
+    """Set False entries of a mask until the True ones are a multiple: CUDA graphs need equal shapes."""
     return mask | ((~mask).cumsum(0) <= -mask.sum() % multiple)

@@ -29,7 +29,7 @@ def one_line(error):
 
 @contextmanager
 def explain(what, *kinds):
-    """What is raised inside becomes an InputError `<what>: <reason>`; kinds are FOREIGN and InputError by default."""
+    """Turn an exception inside into an InputError `<what>: <reason>`. kinds default to FOREIGN and InputError."""
     kinds = kinds or (InputError, *FOREIGN)
     try:
         yield
@@ -52,7 +52,7 @@ def cli(main, usage=None, needed=0):
     -h prints the usage instead; so do fewer arguments than needed, with exit code 2.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # whoever started us has closed it
+        if getattr(sys, name) is None:  # the parent process has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as we live
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
@@ -65,10 +65,12 @@ def cli(main, usage=None, needed=0):
     except InputError as error:
         said, code = error, error.code
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full and "DataLoader worker" not in str(error):
             raise
         remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"
-        said, code = f"out of memory: take smaller batches; {remedy}", 1
+        lost = f"a loader process was lost, {one_line(error)}; resume=true goes on"
+        said, code = f"out of memory: take smaller batches; {remedy}" if full else lost, 1
     except UnicodeEncodeError as error:
         said, code = f"{error.object!r} cannot be written as UTF-8: rename that file", 1
     except OSError as error:  # the output cannot be written: a full disk, a closed pipe
@@ -82,5 +84,5 @@ def cli(main, usage=None, needed=0):
 
 
 def mute():
-    """Whatever is printed from now on is lost, instead of failing again."""
+    """Throw away everything printed from now on, so that printing does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -79,7 +79,7 @@ def write_json(path, content):
 
 
 def names_of(paths):
-    """What tells checkpoints apart in a table: their paths, less what all have in common."""
+    """Short names of checkpoints for a table: their paths without the parts that all share."""
     if unnamed := [path for path in paths if not Path(path).name]:
         raise InputError(f"'{unnamed[0]}' is no file: name a checkpoint, such as out/demo/encoder.pt", code=2)
     parts = [Path(path).with_suffix("").parts for path in paths]

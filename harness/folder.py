@@ -22,12 +22,12 @@ except ImportError:  # Windows: no lock
 LOOK = "look at the settings, and at the data with data.py info"
 REMEDY = f"start anew with a lower lr, or {LOOK}"
 RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "best.pt", "metrics.json")
-# a template of last.pt and step_<n>.pt, see weights.require; a stage's own entries come to it
+# a template of last.pt and step_<n>.pt, see weights.require; a stage adds its own entries
 LAST = {"schema": "georecon/1", "config": {"model": dict}, "data_sha256": str, "step": int, "wall_s": float}
 LAST |= {"state_dict": dict, "optimizer": dict}
-# what may differ between a run and its resumption: where files lie, how often things are written, how work is cut up
+# settings that resuming may change: where files lie, how often things are written, how work is cut up
 FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"}
-FREE_TO_CHANGE |= {"num_workers", "accumulate", "inference_batch_size"}
+FREE_TO_CHANGE |= {"num_workers", "accumulate", "inference_batch_size", "lr_cosine_length"}
 
 
 class Log:
@@ -65,7 +65,7 @@ class Log:
 
 
 def drop_log_after(path, step):
-    """Take the lines of steps that are going to be run again out of a log, and a line that a kill cut off."""
+    """Drop the log lines of steps that will run again, and a line that a kill cut off."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -98,7 +98,7 @@ def open_folder(config):
     if step < 0:
         raise InputError(f"{folder / 'last.pt'}: its step is {step}")
     if step > config.max_steps or step == config.max_steps and (folder / "metrics.json").exists():
-        raise InputError(f"{folder} is finished, at step {step}: set max_steps higher to go on with it")
+        raise InputError(f"{folder} is finished, at step {step}: to go on set max_steps and lr_cosine_length higher")
     return checkpoint
 
 
@@ -136,7 +136,7 @@ def flatten(settings):
 
 def check_same_run(checkpoint, config, data_sha256):
     """Refuse to resume a run with other settings or other data: the result would be neither run."""
-    defaults = asdict(type(config)())  # for a key that is younger than the run
+    defaults = asdict(type(config)())  # for a key that was added after the run
     where = f"cannot resume {config.out_dir}"
     if foreign := checkpoint["config"].keys() - defaults.keys():
         raise InputError(f"{where}: a run of another program, with the key {min(map(str, foreign))}")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from harness.errors import InputError, explain
 from harness.files import provenance, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
-from harness.ranks import barrier, join_ranks, leave_ranks, name_of, sum_over_ranks, tune_cpu
+from harness.ranks import barrier, follow_parent, join_ranks, leave_ranks, name_of, sum_over_ranks, tune_cpu
 from harness.settings import check_data, load_config
 from harness.weights import load_adam, require, require_finite, save_torch
 
@@ -57,10 +57,10 @@ class Run:
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
     def restore(self, config, source, state, like, **parts):
-        """Modules and the optimizer in parts, and the plain values in state, take what last.pt holds, if there is one.
+        """Load last.pt, if there is one, into parts (modules, the optimizer) and state (a dict of plain values).
 
-        save() writes them as they are then, beside the config. source is the StepBatches to train on, like the
-        template of state in last.pt. A part may be None. Nothing is written, so a stage may still refuse.
+        save() writes the same parts and state later. source is the StepBatches to train on. like is the template
+        that state must fit in last.pt. A part may be None. restore writes nothing, so a stage may still refuse.
         """
         self.config, self.source, self.state = config, source, state
         self.parts = {name: part for name, part in parts.items() if part is not None}
@@ -98,8 +98,9 @@ class Run:
     def steps(self):
         """(step, this rank's parts of the batch), from the step that last.pt holds to max_steps, or to a signal."""
         steps = range(self.step, self.config.max_steps)
-        workers, pinned = self.config.num_workers, self.device.type == "cuda"
-        loader = DataLoader(self.source, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned)
+        options = {"num_workers": self.config.num_workers, "worker_init_fn": follow_parent}
+        options["pin_memory"] = self.device.type == "cuda"
+        loader = DataLoader(self.source, batch_size=None, sampler=steps, **options)
         self.window, self.window_began = [], time.perf_counter()
         self.catch_signals()
         for step, parts in enumerate(loader, self.step):
@@ -111,7 +112,7 @@ class Run:
         self.release_signals()
 
     def record(self, losses, lr):
-        """Count a step, whose losses are this rank's share by name; every log_every steps log their means."""
+        """Count a step; set validating, saving and stop. losses: this rank's shares by name, logged as means."""
         self.step += 1
         config, step = self.config, self.step
         self.window.append(torch.stack(list(losses.values())))
@@ -133,7 +134,7 @@ class Run:
         self.log.write({"step": self.step, "split": "val", **found})
 
     def finite_means(self, names):
-        """Means by name over the steps since the last logged one; else stop and say whose step it was."""
+        """Mean losses by name since the last logged step. If one is not finite, stop and name its step."""
         values = sum_over_ranks(torch.stack(self.window))  # (steps, names)
         bad = ~values.isfinite().all(1)
         if not bad.any():
@@ -154,7 +155,7 @@ class Run:
     def catch_signals(self):
         """SIGTERM, SIGINT and SIGHUP let the step end in order; a second one kills.
 
-        Not under torchrun, which passes on to its ranks what they may have been sent already.
+        Under torchrun a second one does not kill: torchrun forwards signals that the ranks may already have.
         """
         terminal_closed = getattr(signal, "SIGHUP", signal.SIGTERM)
         previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, terminal_closed)}

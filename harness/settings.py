@@ -25,7 +25,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(path, may_have_base=True):
-    """The mapping in a yaml file, laid over that of the file beside it which its key `base` names, if it has one."""
+    """Settings of a yaml file. Its key `base` may name a file beside it, whose settings it then overrides."""
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
@@ -118,6 +118,8 @@ def override(settings, arguments):
 def load_config(kind, arguments):
     """`CONFIG.yaml [key=value ...]` -> the dataclass kind."""
     settings = override(read_yaml(arguments[0]), arguments[1:])
+    for key in settings.keys() & {"data", "out_dir", "init_from"}:
+        settings[key] = os.path.expanduser(os.path.expandvars(str(settings[key])))  # ~ and $VAR
     config, home = build_config(kind, settings), Path(arguments[0]).parent
     config = config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
     if config.resume and (home / "last.pt").exists() and home.resolve() != Path(config.out_dir).resolve():

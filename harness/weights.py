@@ -10,7 +10,7 @@ from harness.files import check_file, write_whole
 
 
 def require(found, like, where):
-    """Refuse what does not look like a template; the InputError names the place.
+    """Refuse a value that does not fit the template like. The InputError names the place.
 
     A template is a type (a float must be finite), a tuple of types of which one must fit, a tensor (of that dtype
     and shape, plain and finite), a dictionary of templates by key, {type: template} for any keys of a type, or the
@@ -45,7 +45,7 @@ def require(found, like, where):
 
 
 def require_plain(value, where):
-    """Refuse all but a dense tensor of finite real numbers that lie in its storage."""
+    """Accept only a dense tensor of finite real numbers whose storage is large enough."""
     plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
     plain = plain and not (value.is_quantized or value.is_complex())
     if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():

@@ -150,8 +150,8 @@ def test_pcqm4mv2_sdf_keeps_hydrogens_and_order_over_worker_processes(tmp_path, 
     pytest.importorskip("rdkit")
     molecules = list(many_atoms(700))  # more than two chunks: this goes through the pool
     blocks = [sdf_block("", atoms) for atoms in molecules]
-    blocks[300] = blocks[300].replace("V2000", "V9000")
-    blocks[301] = sdf_block("", molecules[301], dimension="2D")
+    blocks[300] = blocks[300].replace("  0  0     0", " 99  0     0")  # bonds that are not there
+    blocks[301] = sdf_block("", [(s, x, y, 0) for s, x, y, _ in molecules[301]], dimension="2D")
     blocks[302] = blocks[302].replace("\n", "\r\n")
     archive = tar(tmp_path / "pcqm4m-v2-train.sdf.tar.gz", {"pcqm4m-v2-train.sdf": "".join(blocks)})
     m = convert("pcqm4mv2", [archive], tmp_path / "pcqm.h5")
@@ -162,7 +162,7 @@ def test_pcqm4mv2_sdf_keeps_hydrogens_and_order_over_worker_processes(tmp_path, 
     assert batch["z"].tolist() == [ATOMIC_NUMBER[s] for s, *_ in atoms] and 1 in batch["z"]
     np.testing.assert_allclose(batch["pos"], np.array([p for _, *p in atoms]), atol=6e-5)
     said = capsys.readouterr().out
-    assert "1: RDKit cannot read it (id 300)" in said and "1: drawn in 2D: no geometry (id 301)" in said
+    assert "1: RDKit cannot read it (id 300)" in said and "1: flat and not marked 3D: a drawing, no geometry (id 301)" in said
 
 
 def test_pcqm4mv2_xyz_is_sorted_by_number_and_reads_both_headers(tmp_path, capsys):

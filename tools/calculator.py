@@ -46,7 +46,7 @@ class GeoReconCalculator(ase.Calculator):
     at the first call, then about 1.8 times as fast on one CPU core.
     """
 
-    implemented_properties = ("energy", "forces")
+    implemented_properties = ("energy", "free_energy", "forces")
 
     def __init__(self, checkpoint, device="cpu", compile=False):
         super().__init__()
@@ -85,7 +85,7 @@ class GeoReconCalculator(ase.Calculator):
         z = torch.as_tensor(self.atoms.numbers, device=self.device).long()
         pos = torch.as_tensor(self.atoms.positions, device=self.device)
         energy, forces = predict_molecule(self.model, self.about, z, pos, self.pairs(z, pos))
-        self.results = {"energy": energy, "forces": forces}
+        self.results = {"energy": energy, "free_energy": energy, "forces": forces}
 
 
 def constant_energy(atoms, ps, temperature, timestep=0.5, seed=1):

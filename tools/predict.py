@@ -7,6 +7,7 @@ OUT.xyz is extended xyz: energies in eV and forces in eV/angstrom, or the proper
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from finetune import load_property_model
@@ -41,7 +42,7 @@ def predict_molecule(model, about, z, pos, edge_index=None):
 def predict(checkpoint, source, out):
     """Read the molecules of source, predict each, write them with what was predicted to out."""
     purpose = "reading and writing xyz"
-    ase, ase_io = need("ase", purpose), need("ase.io", purpose)
+    ase_io = need("ase.io", purpose)
     single_point = need("ase.calculators.singlepoint", purpose)
     model, about = load_property_model(checkpoint)
     check_file(source, "give an extended xyz")
@@ -60,7 +61,10 @@ def predict(checkpoint, source, out):
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
-        atoms = ase.Atoms(mol["z"], mol["pos"])
+        atoms = mol["atoms"]  # with all that it came with
+        for name, given in (atoms.calc.results if atoms.calc else {}).items():
+            (atoms.arrays if np.ndim(given) == 2 else atoms.info)[f"given_{name}"] = given
+        atoms.calc = None
         if forces is None:
             atoms.info |= {about["name"]: value, "unit": about["unit"]}
         else:
