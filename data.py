@@ -39,7 +39,7 @@ class Molecules:
     ptr (M+1,) int64 · ids (M,) int64 · units {label: unit} · splits {name: (n,) int64} · attrs {root attributes}
     """
 
-    def __init__(self, path):
+    def __init__(self, path, inputs=None):
         if not path:
             raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
         self.path = str(path)
@@ -48,6 +48,7 @@ class Molecules:
         self._state = file_state(self.path)
         self.ptr, self.units, self.splits, self.attrs, self.places = read_contents(self.path)
         self.name = str(self.attrs.get("name", Path(self.path).stem))
+        self.inputs = inputs(self) if inputs else None  # reads further arrays for an objective of beyond/
 
     def __len__(self):
         return len(self.ptr) - 1
@@ -110,7 +111,8 @@ class Molecules:
         if bad := first_flaw(z, batch=batch, **vectors):
             raise InputError(f"{self.path}: molecule {index[bad[0]]} has {bad[1]}")
         arrays = {"z": z.astype(np.int64), "batch": batch, **vectors}
-        return {name: torch.from_numpy(value) for name, value in arrays.items()}
+        more = {"inputs": self.inputs(index)} if self.inputs else {}
+        return {name: torch.from_numpy(value) for name, value in arrays.items()} | more
 
     def composition(self, index, max_z, forces=False):
         """Atoms of each element in the molecules of index (M,) -> (M, max_z) float64.
@@ -182,15 +184,16 @@ def choose(molecules, split, size, name):
     return index[split_indices(len(index), [size or len(index), None])[0]]
 
 
-def standard_normal(shape, *key):
-    """Standard normal numbers that depend on the integers in key alone: float32 tensor."""
-    return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
+def standard_normal(num, *key, extra=0):
+    """Standard normal numbers (num, 3 + extra) float32 of the integers in key. The first 3 columns: not of extra."""
+    flat = np.random.default_rng(key).standard_normal(num * (3 + extra), dtype=np.float32)
+    return torch.from_numpy(np.hstack([flat[: 3 * num].reshape(num, 3), flat[3 * num :].reshape(num, extra)]))
 
 
-def normal_of_each(molecules, index, *key):
-    """Standard normal numbers (N, 3) for the molecules index. A molecule's depend only on key and its own index."""
+def normal_of_each(molecules, index, *key, extra=0):
+    """standard_normal for each of the molecules index. A molecule's depend only on key and its own index."""
     sizes = np.diff(molecules.ptr)
-    return torch.cat([standard_normal((int(sizes[m]), 3), *key, int(m)) for m in index])
+    return torch.cat([standard_normal(int(sizes[m]), *key, int(m), extra=extra) for m in index])
 
 
 class StepBatches(torch.utils.data.Dataset):

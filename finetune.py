@@ -32,11 +32,10 @@ from harness.weights import read_torch, require
 from model import (
     ElectronicSpatialExtent,
     EquivariantDipoleMoment,
-    EquivariantMultiHeadAttention,
     EquivariantScalar,
-    EquivariantTransformer,
     EquivariantVectorOutput,
     ModelConfig,
+    new_encoder,
     radius_graph,
     scatter_mean,
     scatter_sum,
@@ -345,7 +344,7 @@ def load_property_model(path, device="cpu"):
             raise ValueError(f"its reduce is {about['reduce']}, its elements are {about['elements']}")
         if not (about["name"] + about["unit"]).isprintable():
             raise ValueError("its name or unit is no word")
-        encoder = EquivariantTransformer(build_config(ModelConfig, content["model"]))
+        encoder = new_encoder(build_config(ModelConfig, content["model"]))
         model = PropertyModel(encoder, about["head"], about["reduce"], references=[0.0] * encoder.config.max_z)
         model.load_state_dict(content["state_dict"])
         if not model.std > 0:
@@ -472,7 +471,7 @@ def probe(config, encoder, molecules, parts, labels, device, log):
 
 def train_step(net, parts, step, labels, config, device, world):
     """Gradients of the global batch in net; parts are this rank's -> its share of the mean losses, by name."""
-    noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3), for the noise head
+    noise = standard_normal(parts[0]["global_atoms"], TRAIN, config.seed, step)  # (A, 3), for the noise head
 
     def share_of(part):
         first, num_atoms = part["first_atom"], len(part["z"])
@@ -514,7 +513,7 @@ def finetune(config, run):
     if config.compile and forces:
         model.compile_derivative(device, one_shape=len(set(np.diff(molecules.ptr))) == config.accumulate == 1)
     elif config.compile:
-        compile_layers(module, EquivariantMultiHeadAttention, device)
+        compile_layers(module, device)
     # the extent head takes no vectors; a probe trains neither encoder nor head
     net = module if config.freeze_encoder else run.parallel(module, find_unused_parameters=model.kind == "extent")
     trained = [p for p in module.parameters() if p.requires_grad]

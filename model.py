@@ -6,7 +6,7 @@ GeoRecon (Yan, Li, Zhang) trains it, see pretrain.py. This file reads from leaf 
     2  radial functions      cosine_cutoff, ExpNormalSmearing, NeighborEmbedding
     3  attention             EquivariantMultiHeadAttention
     4  vector norms          RMSVectorNorm, WhitenVectorNorm
-    5  encoder               ModelConfig, EquivariantTransformer
+    5  encoder               ModelConfig, EquivariantTransformer, new_encoder
     6  heads                 GatedEquivariantBlock, EquivariantScalar, EquivariantVectorOutput, dipole, extent
     7  checkpoints           save_encoder, load_encoder
 
@@ -21,6 +21,7 @@ GeoRecon (Yan, Li, Zhang) trains it, see pretrain.py. This file reads from leaf 
 """
 
 import math
+import pkgutil
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -166,6 +167,8 @@ class EquivariantMultiHeadAttention(nn.Module):
     The filters dk, dx, d1, d2 = SiLU(W rbf(d_ij) + b) depend on the distance alone: they are computed once for both
     directions of a pair, and once for the self-loops of all atoms. vec_j v^1_j is a product per atom, not per edge.
     """
+
+    compiles = True  # harness/compiled.py: one of the modules that `compile` compiles
 
     def __init__(self, channels, num_heads, num_rbf, vector_cutoff):
         super().__init__()
@@ -318,11 +321,9 @@ class InverseSqrt(torch.autograd.Function):
 class WhitenVectorNorm(nn.Module):
     """C^(-1/2) (vec - channel mean), C = covariance of the F vectors of an atom: (N, 3, F) -> (N, 3, F), in float64.
 
-    UPSTREAM pre-training-via-denoising torchmd_et.py:352-439. DEVIATION: the regulariser is eps * identity, theirs is
-    eps * diag(1, 2, 3), which is not equivariant.
+    UPSTREAM pre-training-via-denoising torchmd_et.py:352-439. DEVIATION: the regulariser is 1e-5 * identity, theirs is
+    1e-5 * diag(1, 2, 3), which is not equivariant.
     """
-
-    eps = 1e-5
 
     def __init__(self, channels):
         super().__init__()
@@ -331,7 +332,7 @@ class WhitenVectorNorm(nn.Module):
     def forward(self, vec):
         centred = vec.double() - vec.double().mean(-1, keepdim=True)  # (N, 3, F)
         eye = torch.eye(3, dtype=centred.dtype, device=vec.device)
-        covariance = centred @ centred.mT / vec.shape[-1] + self.eps * eye  # (N, 3, 3)
+        covariance = centred @ centred.mT / vec.shape[-1] + 1e-5 * eye  # (N, 3, 3)
         return (InverseSqrt.apply(covariance) @ centred).to(vec.dtype) * self.weight
 
 
@@ -343,6 +344,11 @@ def setting(default, **allowed):
     return field(default=default, metadata=allowed)
 
 
+BACKBONES = {  # those of beyond/ are imported when a config asks for one
+    "et": "model:EquivariantTransformer",
+    "adaptive": "beyond.scd:AdaptiveTransformer",
+    "painn": "beyond.painn:PaiNN",
+}
 VECTOR_NORMS = {"none": nn.Identity, "rms": RMSVectorNorm, "whiten": WhitenVectorNorm}
 
 
@@ -350,6 +356,7 @@ VECTOR_NORMS = {"none": nn.Identity, "rms": RMSVectorNorm, "whiten": WhitenVecto
 class ModelConfig:
     """Shape of the encoder; defaults are Table 13's QM9 column. Names are Table 13's where it has one."""
 
+    backbone: str = setting("et", choices=tuple(BACKBONES))
     embedding_dimension: int = setting(256, low=2)
     num_layers: int = setting(8, low=1)
     num_rbf: int = setting(64, low=2)
@@ -376,13 +383,10 @@ class EquivariantLayers(nn.Module):
         self.config = config
         channels = config.embedding_dimension
         self.distance_expansion = ExpNormalSmearing(config.cutoff_upper, config.num_rbf)
-        self.attention_layers = nn.ModuleList(
-            EquivariantMultiHeadAttention(channels, config.num_heads, config.num_rbf, config.vector_cutoff)
-            for _ in range(num_layers)
-        )
-        self.x_norms = nn.ModuleList(
-            nn.LayerNorm(channels) if config.x_norm_layer else nn.Identity() for _ in range(num_layers)
-        )
+        shape = channels, config.num_heads, config.num_rbf, config.vector_cutoff
+        self.attention_layers = nn.ModuleList(EquivariantMultiHeadAttention(*shape) for _ in range(num_layers))
+        x_norm = nn.LayerNorm if config.x_norm_layer else nn.Identity
+        self.x_norms = nn.ModuleList(x_norm(channels) for _ in range(num_layers))
         self.vec_norms = nn.ModuleList(VECTOR_NORMS[config.vec_norm_layer](channels) for _ in range(num_layers))
 
     def graph(self, pos, batch, edge_index=None):
@@ -437,6 +441,11 @@ class EquivariantTransformer(EquivariantLayers):
         return self.out_norm(x), self.out_norm_vec(vec)
 
 
+def new_encoder(config):
+    """The encoder that config.backbone names, with fresh weights: (z, pos, batch, edge_index=None) -> x, vec."""
+    return pkgutil.resolve_name(BACKBONES[config.backbone])(config)
+
+
 # ---------------------------------------------------------------- 6  heads
 
 
@@ -464,12 +473,9 @@ class EquivariantHead(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.output_network = nn.ModuleList(
-            [
-                GatedEquivariantBlock(channels, channels // 2, scalar_activation=True),
-                GatedEquivariantBlock(channels // 2, 1, scalar_activation=False),
-            ]
-        )
+        first = GatedEquivariantBlock(channels, channels // 2, scalar_activation=True)
+        last = GatedEquivariantBlock(channels // 2, 1, scalar_activation=False)
+        self.output_network = nn.ModuleList([first, last])
 
     def blocks(self, x, vec):
         for block in self.output_network:
@@ -546,12 +552,12 @@ def save_encoder(encoder):
 
 
 def load_encoder(path):
-    """The ready EquivariantTransformer of an encoder.pt, on the CPU; a ValueError says what is wrong with the file."""
+    """The ready encoder of an encoder.pt, on the CPU; a ValueError says what is wrong with the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["schema"] != "georecon/1":
             raise ValueError(f"its schema is {checkpoint['schema']}")
-        encoder = EquivariantTransformer(ModelConfig(**checkpoint["model"]))
+        encoder = new_encoder(ModelConfig(**checkpoint["model"]))
         encoder.load_state_dict(checkpoint["state_dict"])
     except OSError:
         raise

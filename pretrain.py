@@ -5,20 +5,16 @@
     torchrun --nproc_per_node=4 pretrain.py configs/pcqm.yaml                the paper's run
     python pretrain.py configs/pcqm.yaml resume=true                         go on where it stopped
 
-A run writes to out_dir (default out/<name of the config>):
+A run writes to out_dir (default out/<name of the config>): config.yaml, every setting; log.jsonl; last.pt, all that
+resuming needs; encoder.pt, the encoder alone; metrics.json, the final figures and what made them.
 
-    config.yaml     every setting, resolved; itself a valid argument
-    log.jsonl       one object per logged step: losses, learning rate, molecules/s; split train or val
-    last.pt         all that resuming needs: encoder, heads, decoder, optimizer, step; step_<n>.pt are copies of it
-    encoder.pt      the encoder alone: model.load_encoder("out/demo/encoder.pt")
-    metrics.json    the final figures, and what made them
-
-What is random follows from keys: the order from (seed, epoch), the noise from (seed, step), the first weights from the
-seed; the split and the noise of validation are the same for every seed. Order and noise are of the global batch, of
-which a rank takes its slice. So a killed run resumes to the same bits, and the number of ranks changes rounding only.
+What is random follows from keys: the order from (seed, epoch), noise from (seed, step), first weights from the seed.
+Every seed has the same validation molecules and noise. Order and noise are of the global batch: a rank takes its slice.
+So a killed run resumes to the same bits, and the number of ranks changes rounding only.
 """
 
 import math
+import pkgutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -35,11 +31,10 @@ from harness.ranks import sum_over_ranks
 from harness.run import start
 from model import (
     EquivariantLayers,
-    EquivariantMultiHeadAttention,
-    EquivariantTransformer,
     EquivariantVectorOutput,
     Linear,
     ModelConfig,
+    new_encoder,
     save_encoder,
     scatter_mean,
     scatter_sum,
@@ -47,6 +42,8 @@ from model import (
 )
 
 # ---------------------------------------------------------------- settings
+
+BEYOND = {"frad": "beyond.frad:Frad", "scd": "beyond.scd:SelfConditioned"}  # imported when a config asks for one
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class PretrainConfig:
     out_dir: str = ""  # empty: out/<name of the config>
     seed: int = setting(1, low=0)
 
-    objective: str = setting("georecon", choices=("georecon", "coord", "rec_only"))
+    objective: str = setting("georecon", choices=("georecon", "coord", "rec_only", *BEYOND))
     position_noise_scale: float = setting(0.04, low=0)  # sigma, angstrom
     alpha: float = setting(1.0, low=0)  # Sec. 4.1: noise of the rec variant in units of sigma, "set to 1 for default"
     w_noise: float = setting(1.0, low=0)  # PAPER-SILENT: Coord's denoising_weight
@@ -69,6 +66,10 @@ class PretrainConfig:
     decoder_vec: bool = True  # PAPER-SILENT: the decoder starts from vec of the encoder; false: from zero
     decoder_graph_emb: bool = True  # false: the decoder sees zero in place of g, a control that the paper lacks
     pooling: str = setting("mean", choices=("mean", "sum", "attention"))  # Sec. 4.2
+    dihedral_angle_noise_scale: float = setting(2.0, low=0)  # frad: degrees
+    mask_probability: float = setting(0.2, low=0, below=1.01)  # scd: share of the molecules that train without g
+    clean_noise_scale: float = setting(0.005, low=0)  # scd: angstrom, of the encoding that g is taken from
+    drop_path: float = setting(0.0, low=0, below=1)  # scd: share of the increments of atoms that are dropped
     model: ModelConfig = field(default_factory=ModelConfig)
 
     batch_size: int = setting(200, low=1)  # molecules per step over all ranks: Table 13's 50 on each of 4 GPUs
@@ -89,10 +90,6 @@ class PretrainConfig:
     save_every: int = setting(1000, low=1)
     keep_steps: tuple = setting((), low=0)  # steps at which a copy step_<n>.pt is kept
     resume: bool = False
-
-    def __post_init__(self):
-        if not self.decoder_layers and not self.decoder_vec:
-            raise ValueError("decoder_layers = 0, decoder_vec = False: nothing is left to give the noise a direction")
 
 
 # ---------------------------------------------------------------- the method
@@ -116,8 +113,7 @@ class GraphPooling(nn.Module):
         lowest = score.new_full((num_molecules, 1), -torch.inf)
         highest = lowest.scatter_reduce(0, batch.unsqueeze(1), score.detach(), "amax")  # (B, 1)
         weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
-        total = scatter_sum(weight, batch, num_molecules)  # (B, 1)
-        return scatter_sum(weight * x, batch, num_molecules) / total
+        return scatter_sum(weight * x, batch, num_molecules) / scatter_sum(weight, batch, num_molecules)
 
 
 class GraphReconstructionDecoder(EquivariantLayers):
@@ -147,8 +143,10 @@ class Pretraining(nn.Module):
     coord       |head(noised) - eps / sigma|^2, Coord (Zaidi et al., arXiv:2206.00133)
     georecon    w_noise * coord + w_clean * |head(clean)|^2 + w_rec * |decoder(rec | g_clean) - alpha eps / sigma|^2
     rec_only    georecon with w_clean = 0 (App. E)
-    All are means over atoms and axes.
+    All are means over atoms and axes. beyond/README.md says what extra_noise and inputs are for.
     """
+
+    extra_noise, inputs = 0, None
 
     def __init__(self, encoder, config):
         super().__init__()
@@ -156,6 +154,8 @@ class Pretraining(nn.Module):
         self.encoder = encoder
         self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
         if config.objective != "coord":
+            if not config.decoder_layers and not config.decoder_vec:
+                raise InputError("decoder_layers = 0, decoder_vec = False: nothing gives the noise a direction", code=2)
             self.pooling = GraphPooling(config.pooling, config.model.embedding_dimension)
             self.decoder = GraphReconstructionDecoder(config.model, config.decoder_layers)
 
@@ -190,8 +190,8 @@ class Pretraining(nn.Module):
         # Graph level, Sec. 4.2 "Reconstruction Head": the decoder sees the clean molecule only as g.
         # L_rec = 1/(3N) sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
-        if not config.decoder_graph_emb:  # a control: GeoRecon, but g tells the decoder nothing
-            graph_emb = 0 * graph_emb  # not new zeros: attention pooling must still get a (zero) gradient for DDP
+        # decoder_graph_emb = false, a control: g tells nothing. It is 0 * g, for DDP: attention pooling gets a gradient
+        graph_emb = graph_emb * config.decoder_graph_emb
         rec = slice(N) if config.alpha == 1 else slice(2 * N, None)
         x_rec, vec_rec = x[rec], vec[rec] if config.decoder_vec else None
         losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
@@ -205,7 +205,7 @@ class Pretraining(nn.Module):
         return {"loss": total + config.w_rec * losses["loss_rec"], **losses}
 
 
-# ---------------------------------------------------------------- one step
+# ---------------------------------------------------------------- one step, and validation
 
 
 TRAIN, VAL = 1, 2  # first number of the key that noise is drawn from
@@ -224,11 +224,11 @@ def learning_rate(step, config):
 
 def losses_of(net, part, noise, config, device, shuffle=False):
     """Losses of one part of a batch, by name."""
-    arrays = part["z"], part["pos"], part["batch"], noise
-    z, pos, batch, noise = (tensor.to(device, non_blocking=True) for tensor in arrays)
+    arrays = {name: part[name] for name in ("z", "pos", "batch")} | {"noise": noise, **part.get("inputs", {})}
+    arrays = {name: array.to(device, non_blocking=True) for name, array in arrays.items()}
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     with explain("the radius graph", ValueError), bf16:
-        return net(z, pos, batch, noise, part["num_molecules"], shuffle)
+        return net(**arrays, num_molecules=part["num_molecules"], shuffle=shuffle)
 
 
 def backward(net, parts, losses_of, world):
@@ -251,7 +251,8 @@ def backward(net, parts, losses_of, world):
 
 def train_step(net, parts, step, config, device, world):
     """Gradients of the global batch in net; parts are this rank's -> its share of the mean losses, by name."""
-    noise = standard_normal((parts[0]["global_atoms"], 3), TRAIN, config.seed, step)  # (A, 3) for the global batch
+    extra = getattr(net, "module", net).extra_noise  # DistributedDataParallel keeps the model in `module`
+    noise = standard_normal(parts[0]["global_atoms"], TRAIN, config.seed, step, extra=extra)  # for the global batch
 
     def share_of(part):
         first, num_atoms = part["first_atom"], len(part["z"])
@@ -261,14 +262,11 @@ def train_step(net, parts, step, config, device, world):
     return backward(net, parts, share_of, world)
 
 
-# ---------------------------------------------------------------- validation
-
-
-def validation_batches(molecules, index, size):
+def validation_batches(molecules, index, size, extra=0):
     """The validation molecules in batches. A molecule gets the same noise in every run, whatever the settings."""
     batches = []
     for part in np.array_split(index, math.ceil(len(index) / size)):  # in random order: neighbours in a file are alike
-        noise = normal_of_each(molecules, part, VAL)
+        noise = normal_of_each(molecules, part, VAL, extra=extra)
         batches.append({**molecules.read(part), "noise": noise, "num_molecules": len(part)})
     return batches
 
@@ -288,25 +286,28 @@ def evaluate(model, batches, config, device, rank, world):
 
 
 def report(first_val, last_val):
-    """The table of validation losses, at the start and at the end, line by line."""
+    """The table of validation losses, line by line. Use of g: what another molecule's g, or none, adds to a loss."""
     yield f"{'validation':<22}{'start':>10}{'end':>10}"
-    for name in last_val:
+    for name, end in last_val.items():
         start = f"{first_val[name]:.4f}" if name in first_val else ""  # inference_batch_size 1 has nothing to shuffle
-        yield f"{name:<22}{start:>10}{last_val[name]:>10.4f}"
-    if "loss_rec_shuffled" in last_val:
-        use = last_val["loss_rec_shuffled"] - last_val["loss_rec"]
-        yield f"{'use of g':<22}{use:>20.4f}  rec loss with another molecule's g, less that with its own"
+        own = last_val.get(name.removesuffix("_shuffled").removesuffix("_masked"), end)
+        yield f"{name:<22}{start:>10}{end:>10.4f}" + (f"   use of g: {end - own:.4f}" if own != end else "")
 
 
 # ---------------------------------------------------------------- the run
 
 
+def objective_of(config):
+    """The class of config.objective."""
+    return pkgutil.resolve_name(BEYOND[config.objective]) if config.objective in BEYOND else Pretraining
+
+
 def make_model(config, device):
     torch.manual_seed(config.seed)
     with explain("a model of this size cannot be made", RuntimeError):
-        model = Pretraining(EquivariantTransformer(config.model), config).to(device)
+        model = objective_of(config)(new_encoder(config.model), config).to(device)
     if config.compile:
-        compile_layers(model, EquivariantMultiHeadAttention, device)
+        compile_layers(model, device)
     return model
 
 
@@ -316,31 +317,30 @@ def num_parameters(module):
 
 def pretrain(config, run):
     """The whole run: data, model, start or resume, loop, figures."""
-    molecules = Molecules(config.data)
+    molecules = Molecules(config.data, objective_of(config).inputs)
     index = molecules.split(config.split)
     if config.val_size >= len(index):
         raise InputError(f"val_size = {config.val_size}: {config.data} has {len(index)} molecules in all", code=2)
     val, train = (index[part] for part in split_indices(len(index), [config.val_size, None]))
     batches = StepBatches(molecules, train, config.batch_size, config.seed, run.rank, run.world, config.accumulate)
     molecules.check_elements(index, config.model.max_z)
-    val_batches = validation_batches(molecules, val, config.inference_batch_size)
-
     model = make_model(config, run.device)
+    val_batches = validation_batches(molecules, val, config.inference_batch_size, model.extra_noise)
     net = run.parallel(model)  # DistributedDataParallel under torchrun
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
     found = {"first_val": None, "last_val": None}
-    like = dict.fromkeys(found, {str: float})
-    run.restore(config, batches, found, like, state_dict=model, optimizer=optimizer)
+    run.restore(config, batches, found, dict.fromkeys(found, {str: float}), state_dict=model, optimizer=optimizer)
     run.begin(
         f"{config.objective} on {config.data}: {len(train):,} molecules to train, {len(val):,} to validate",
         f"{num_parameters(model):,} parameters, {num_parameters(model.encoder):,} of them the encoder",
     )
 
     def validate():
-        found["last_val"] = evaluate(model, val_batches, config, run.device, run.rank, run.world)
+        found["last_val"] = evaluate(model.eval(), val_batches, config, run.device, run.rank, run.world)
         found["first_val"] = found["first_val"] or found["last_val"]
         run.record_validation(found["last_val"])
+        model.train()
 
     def save():
         run.save(encoder=save_encoder(model.encoder))  # encoder.pt, step_<n>.pt if it is to be kept, last.pt

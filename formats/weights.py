@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from harness.errors import explain
 from harness.settings import build_config
 from harness.weights import read_torch
-from model import EquivariantTransformer, ModelConfig
+from model import ModelConfig, new_encoder
 
 WRAPPERS = re.compile(r"\b(module|_orig_mod)\.")  # of DataParallel and torch.compile
 
@@ -54,7 +54,7 @@ def read_encoder(path, model):
             own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
             inner = {k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)}
             state_dict = inner or state_dict
-        encoder = EquivariantTransformer(model)
+        encoder = new_encoder(model)
         load_representation(encoder, state_dict)
     return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
 
@@ -65,10 +65,10 @@ def make_encoder(config, checkpoint):
         with explain(f"{config.out_dir}/last.pt does not fit this code's model"):
             own = build_config(ModelConfig, checkpoint["config"]["model"])
         own = replace(own, vector_cutoff=own.vector_cutoff or config.model.vector_cutoff)
-        return EquivariantTransformer(own), f"encoder: of last.pt at step {checkpoint['step']:,}"
+        return new_encoder(own), f"encoder: of last.pt at step {checkpoint['step']:,}"
     if not config.init_from:
         with explain("a model of this size cannot be made", RuntimeError):
-            encoder = EquivariantTransformer(config.model)
+            encoder = new_encoder(config.model)
         return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
     encoder, rest = read_encoder(config.init_from, config.model)
     brought = asdict(encoder.config).items() - asdict(config.model).items()

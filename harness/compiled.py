@@ -18,10 +18,10 @@ def check_compiler(device):
         raise InputError(f"compile = true: torch cannot compile here, {cause}: {remedy}") from None
 
 
-def compile_layers(model, kind, device):
-    """Compile the modules of a kind: for all sizes at once, so that a resumed run has the bits of an unbroken one."""
+def compile_layers(model, device):
+    """Compile the modules that say `compiles`: for all sizes at once, so a resumed run has the bits of one unbroken."""
     check_compiler(device)
-    for layer in (module for module in model.modules() if isinstance(module, kind)):
+    for layer in (module for module in model.modules() if getattr(module, "compiles", False)):
         layer.compile(dynamic=True)
 
 

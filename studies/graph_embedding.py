@@ -27,7 +27,7 @@ from harness.files import check_new, names_of, provenance, write_json
 from harness.ranks import tune_cpu
 from harness.settings import build_config, read_arguments
 from harness.weights import read_torch
-from model import EquivariantTransformer, scatter_mean, setting
+from model import new_encoder, scatter_mean, setting
 from pretrain import GraphPooling, PretrainConfig, Pretraining, validation_batches
 
 
@@ -50,7 +50,7 @@ def load_method(path):
         if content["schema"] != "georecon/1":
             raise ValueError(f"its schema is {content['schema']}")
         config = build_config(PretrainConfig, content["config"])
-        method = Pretraining(EquivariantTransformer(config.model), config)
+        method = Pretraining(new_encoder(config.model), config)
         method.load_state_dict(content["state_dict"])
     return method.eval().requires_grad_(False), config
 

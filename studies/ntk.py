@@ -24,7 +24,7 @@ from harness.folder import FREE_TO_CHANGE, LAST, flatten
 from harness.ranks import tune_cpu
 from harness.settings import build_config, read_arguments
 from harness.weights import read_torch, require
-from model import EquivariantTransformer, setting
+from model import new_encoder, setting
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def load_step(path):
     with explain(f"{path} is no step_<n>.pt of finetune.py"):
         require(content, LAST, "the file")
         config = build_config(FinetuneConfig, content["config"])
-        encoder = EquivariantTransformer(config.model)
+        encoder = new_encoder(config.model)
         model = PropertyModel(encoder, head_of(config), config.reduce, [0.0] * config.model.max_z)
         weights = {k: v for k, v in content["state_dict"].items() if k.startswith("model.")}
         model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})

@@ -12,11 +12,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BUDGETS = {"model.py": 580, "data.py": 260, "pretrain.py": 380, "finetune.py": 600, "lipschitz.py": 345}
 SHELVES = {"harness": 965, "formats": 870, "tools": 600, "studies": 1045}
 CODE = sorted(path for pattern in ("*.py", *(f"{shelf}/*.py" for shelf in SHELVES)) for path in ROOT.glob(pattern))
+BEYOND = sorted(ROOT.glob("beyond/*.py"))  # has no budget of its own: it may grow by a file for each idea
 PACKAGES = {"torch", "numpy", "h5py", "tqdm", "yaml"}
 STAGES = ["data", "pretrain", "finetune"]  # each may import those before it
 MAY_IMPORT = {  # of ours; model is of torch alone
     "model": set(),
     "harness": {"harness"},
+    "beyond": {"beyond", "harness", "formats", "model"},
     "formats": {"formats", "harness", "model"},
     **{stage: {"harness", "formats", "model", *STAGES[:place]} for place, stage in enumerate(STAGES)},
     "lipschitz": {"harness", "formats", "model", "data"},
@@ -44,9 +46,9 @@ def imported(nodes):
     return names
 
 
-def test_five_files_at_the_top_and_four_shelves():
+def test_five_files_at_the_top_and_five_shelves():
     assert {path.name for path in ROOT.glob("*.py")} == BUDGETS.keys()
-    for shelf in SHELVES:
+    for shelf in (*SHELVES, "beyond"):
         (rule,) = lines_of(ROOT / shelf / "__init__.py")
         assert re.fullmatch(r'""".+\."""', rule)
         assert (ROOT / shelf / "README.md").exists()
@@ -66,7 +68,7 @@ def test_all_code_keeps_its_budget():
     assert sum(len(lines_of(path)) for path in CODE) <= 5500
 
 
-@pytest.mark.parametrize("path", CODE, ids=identity)
+@pytest.mark.parametrize("path", CODE + BEYOND, ids=identity)
 def test_imports_follow_the_rule(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     room = path.stem if path.parent == ROOT else path.parent.name
@@ -79,7 +81,7 @@ def test_imports_follow_the_rule(path):
         assert foreign <= ({"torch"} if room == "model" else PACKAGES)
 
 
-@pytest.mark.parametrize("path", CODE, ids=identity)
+@pytest.mark.parametrize("path", CODE + BEYOND, ids=identity)
 def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
@@ -88,7 +90,7 @@ def test_functions_are_short(path):
 
 
 def test_long_lines_are_the_exception():
-    lines = [line for path in CODE for line in lines_of(path)]
+    lines = [line for path in CODE + BEYOND for line in lines_of(path)]
     assert sum(len(line) > 100 for line in lines) < 0.1 * len(lines)
 
 

@@ -33,7 +33,7 @@ from harness.errors import InputError, cli, explain
 from harness.files import check_new, provenance, write_json
 from harness.ranks import tune_cpu
 from harness.settings import read_arguments
-from model import EquivariantMultiHeadAttention, EquivariantTransformer, ModelConfig, setting
+from model import ModelConfig, new_encoder, setting
 from pretrain import PretrainConfig, make_model, train_step
 
 
@@ -113,7 +113,7 @@ def random_molecules(path, number, device, forces=False):
 
 def property_model(config, device):
     torch.manual_seed(0)
-    encoder = EquivariantTransformer(config)
+    encoder = new_encoder(config)
     return PropertyModel(encoder, "scalar", "sum", torch.zeros(config.max_z)).to(device)
 
 
@@ -134,7 +134,7 @@ def encoder_contenders(file, training, config, device):
     mol = random_molecules(path, 50, device)
     model = property_model(WIDE, device)
     plain, compiled = model.encoder, copy.deepcopy(model.encoder)
-    compile_layers(compiled, EquivariantMultiHeadAttention, device)
+    compile_layers(compiled, device)
     encoders = {"ours": plain, "compiled": compiled}
     if peer := peer_of(model):
         encoders["peer"] = peer.representation_model.to(device)
