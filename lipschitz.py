@@ -3,8 +3,7 @@
     python lipschitz.py out/a/encoder.pt out/b/encoder.pt data=data/qm9_demo.h5
 
 A checkpoint is what init_from of finetune.py takes: an encoder.pt, last.pt or step_<n>.pt, or a state dict of
-TorchMD-NET or Coord, whose architecture model.key=value says. After them come settings, key=value: data, split,
-num_molecules, iterations, exact, position_noise_scale, batch_size, seed, out_dir.
+TorchMD-NET or Coord, whose architecture model.key=value says. After them come settings of LipschitzConfig, key=value.
 
 Local Lipschitz constant (App. B): LLC = |J P|_2, J = dh/dpos (F, 3n), P removes rigid motions. h has no unit, so
 the LLC is in 1/angstrom. Two more figures do not depend on the scale of h: LLC / |h|, and the LLC of features that are
@@ -39,6 +38,7 @@ class LipschitzConfig:
     data: str = "data/qm9_demo.h5"  # HDF5 file made by data.py
     split: str = ""  # a named split of the file; empty: all its molecules
     num_molecules: int = setting(100, low=1)  # of them, at random
+    of: str = setting("graph", choices=("graph", "atoms", "all"))  # PAPER-SILENT: mean of x; all x; all x and vec
     iterations: tuple = setting((5, 15, 25), low=1)  # power iterations after which the norm is noted, Table 1
     exact: bool = False  # the full Jacobian instead, one molecule after another
     batch_size: int = setting(100, low=1)  # molecules at a time
@@ -56,11 +56,13 @@ class LipschitzConfig:
 # ---------------------------------------------------------------- the Jacobian and its norm
 
 
-def pooled(encoder, z, pos, batch, num_molecules, edge_index=None):
-    """h_b = mean_i x_i: -> (B, F)."""
+def output(of, encoder, z, pos, batch, num_molecules, edge_index=None):
+    """-> h (R, C), and rows (R,), the molecule of each row. A molecule's output is all of its rows as one vector."""
     with explain("the radius graph", ValueError):
-        x, _ = encoder(z, pos, batch, edge_index)
-    return scatter_mean(x, batch, num_molecules)
+        x, vec = encoder(z, pos, batch, edge_index)  # (N, F), (N, 3, F)
+    if of == "graph":
+        return scatter_mean(x, batch, num_molecules), torch.arange(num_molecules, device=x.device)  # (B, F), (B,)
+    return x if of == "atoms" else torch.cat([x, vec.flatten(1)], dim=1), batch  # (N, F) or (N, 4 F), (N,)
 
 
 def rigid_motions(pos, batch, num_molecules):
@@ -88,13 +90,13 @@ def remove(motions, v, batch, num_molecules):
     return v - (motions * share[batch].unsqueeze(1)).sum(2)
 
 
-def dots(a, b, batch, num_molecules):
-    """<a, b> over the atoms of each molecule: (N, 3), (N, 3) -> (B,)."""
-    return scatter_sum((a * b).sum(1), batch, num_molecules)
+def dots(a, b, rows, num_molecules):
+    """<a, b> over the rows of each molecule: (R, C), (R, C) -> (B,)."""
+    return scatter_sum((a * b).sum(1), rows, num_molecules)
 
 
 def jacobian_products(h, pos):
-    """-> the functions v (N, 3) -> J v (B, F) and u (B, F) -> J^T u (N, 3). h must be computed from pos with a graph.
+    """-> the functions v (N, 3) -> J v (R, C) and u (R, C) -> J^T u (N, 3). h must be computed from pos with a graph.
 
     J^T u is linear in u, so its derivative by u along v is J v: with both graphs at hand a product costs no new forward
     pass. h of a molecule depends on its own atoms alone, J is block diagonal: one product serves the whole batch.
@@ -111,8 +113,8 @@ def jacobian_products(h, pos):
     return jvp, vjp
 
 
-def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
-    """|J P|_2 of h / scale (F,) of each molecule, by power iteration from v (N, 3): -> {iterations: (B,)}.
+def spectral_norms(jvp, vjp, project, v, batch, rows, scale, iterations):
+    """|J P|_2 of h / scale (C,) of each molecule, by power iteration from v (N, 3): -> {iterations: (B,)}.
 
     DEVIATION: the norm of J on the span of all iterates (Lanczos' method), not |J v_k| of the last. The cost is equal.
     Where two singular values lie close the last iterate alone was 3 % off after 25 steps; this is exact after 15.
@@ -128,10 +130,11 @@ def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
         new = size > 1e-10 * dots(raw, raw, batch, num).sqrt()
         v = v * torch.where(new, 1 / size, 0)[batch].unsqueeze(1)
         basis.append(v)
-        images.append(jvp(v) / scale)  # (B, F)
-        image = torch.stack(images, dim=2)  # (B, F, step)
-        finite = image.isfinite().all(2).all(1)
-        previous, norm = norm, torch.linalg.matrix_norm(image.nan_to_num(0, 0, 0), 2)  # (B,)
+        images.append(jvp(v) / scale)  # (R, C)
+        image = torch.stack(images, dim=2)  # (R, C, step)
+        gram = scatter_sum(image.mT @ image, rows, num)  # (B, step, step)
+        finite = gram.isfinite().all(2).all(1)
+        previous, norm = norm, torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0))[:, -1].clamp(min=0).sqrt()  # (B,)
         norm = torch.where(finite, norm, torch.nan)
         found |= {later: norm for later in iterations if later >= step}
         if (norm - previous <= 1e-10 * norm).all():
@@ -140,8 +143,8 @@ def spectral_norms(jvp, vjp, project, v, batch, scale, iterations):
     return {later: found[later] for later in sorted(iterations)}
 
 
-def exact_norms(encoder, z, pos, batch, num_molecules, scale):
-    """|J P|_2 from the whole Jacobian, column by column, one molecule after another: -> (B,), of h / scale (B,)."""
+def exact_norms(of, encoder, z, pos, batch, num_molecules, scale):
+    """|J P|_2 from the whole Jacobian, column by column, one molecule after another -> (B, S), of h / scale (S, C)."""
     found = []
     for molecule in range(num_molecules):
         mask = batch == molecule
@@ -150,16 +153,16 @@ def exact_norms(encoder, z, pos, batch, num_molecules, scale):
         edge_index = radius_graph(pos_m, batch_m, encoder.config.cutoff_upper)
 
         def h(pos, z_m=z_m, batch_m=batch_m, edge_index=edge_index):
-            return pooled(encoder, z_m, pos, batch_m, 1, edge_index)[0]
+            return output(of, encoder, z_m, pos, batch_m, 1, edge_index)[0]
 
         columns = [
             torch.func.jvp(h, (pos_m,), (direction.view_as(pos_m),))[1]
             for direction in torch.eye(pos_m.numel(), dtype=pos.dtype, device=pos.device)
         ]
-        J = torch.stack(columns, dim=1)  # (F, 3 n)
+        J = torch.stack(columns, dim=2)  # (R, C, 3 n)
         J = J - J @ motions @ motions.T
         finite = J if J.isfinite().all() else torch.zeros_like(J)  # its decomposition would fail
-        norms = torch.stack([torch.linalg.matrix_norm(finite / s.unsqueeze(1), 2) for s in scale])
+        norms = torch.stack([torch.linalg.matrix_norm((finite / s.unsqueeze(1)).flatten(0, 1), 2) for s in scale])
         found.append(norms if finite is J else norms * torch.nan)
     return torch.stack(found)  # (B, number of scales)
 
@@ -184,39 +187,40 @@ DISPLACEMENTS = tuple(round(0.01 * k, 2) for k in range(11))  # angstrom, |delta
 
 
 @torch.no_grad()
-def embed(encoder, parts):
-    """Pooled embeddings of all molecules: (M, F)."""
-    return torch.cat([pooled(encoder, *part[:4]) for part in parts])
+def embed(of, encoder, parts):
+    """Outputs of all molecules, and the norm of each: (R, C), (M,)."""
+    outputs = [(*output(of, encoder, *part[:4]), part[3]) for part in parts]
+    return torch.cat([h for h, *_ in outputs]), torch.cat([dots(h, h, *rest).sqrt() for h, *rest in outputs])
 
 
 def constants(encoder, part, std, config):
     """Norms of J P for one batch -> {step or "exact": (B, 2)}, of h as it is and of h / std."""
     z, pos, batch, num, directions = part
-    scale = torch.stack([torch.ones_like(std), std])  # (2, F)
+    scale = torch.stack([torch.ones_like(std), std])  # (2, C)
     if config.exact:
-        return {"exact": exact_norms(encoder, z, pos, batch, num, scale)}
+        return {"exact": exact_norms(config.of, encoder, z, pos, batch, num, scale)}
     motions = rigid_motions(pos, batch, num)
     pos = pos.clone().requires_grad_()
-    h = pooled(encoder, z, pos, batch, num)
+    h, rows = output(config.of, encoder, z, pos, batch, num)
     jvp, vjp = jacobian_products(h, pos)
 
     def project(v):
         return remove(motions, v, batch, num)
 
-    norms = [spectral_norms(jvp, vjp, project, directions, batch, s, config.iterations) for s in scale]
+    norms = [spectral_norms(jvp, vjp, project, directions, batch, rows, s, config.iterations) for s in scale]
     return {step: torch.stack([found[step] for found in norms], dim=1) for step in sorted(config.iterations)}
 
 
 @torch.no_grad()
-def sensitivity(encoder, part, displacements):
+def sensitivity(of, encoder, part, displacements):
     """Fig. 2: |h(x + delta) - h(x)| of each molecule along a random direction, rigid motions removed: -> (B, S)."""
     z, pos, batch, num, directions = part
     along = remove(rigid_motions(pos, batch, num), directions, batch, num)
     size = dots(along, along, batch, num).sqrt()
     along = along * torch.where(size > 0, 1 / size, 0)[batch].unsqueeze(1)
-    start = pooled(encoder, z, pos, batch, num)
-    moved = [pooled(encoder, z, pos + d * along, batch, num) for d in displacements]
-    return torch.stack([(h - start).norm(dim=1) for h in moved], dim=1)
+    start, rows = output(of, encoder, z, pos, batch, num)
+    moved = [output(of, encoder, z, pos + d * along, batch, num)[0] - start for d in displacements]
+    return torch.stack([dots(change, change, rows, num).sqrt() for change in moved], dim=1)
 
 
 def last_of(by_step):
@@ -227,7 +231,7 @@ def measure(encoder, molecules, index, config, device):
     """All measurements of one encoder: dict of lists with one entry for each molecule."""
     encoder = encoder.double().eval().requires_grad_(False).to(device)
     parts = list(batches(molecules, index, config, device))
-    h = embed(encoder, parts)
+    h, size = embed(config.of, encoder, parts)
     known = h[h.isfinite().all(1)]  # a molecule without an embedding does not hide how the others differ
     std = known.std(0) if len(known) > 1 else torch.zeros_like(h[0])
     std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # channels that vary count
@@ -236,10 +240,10 @@ def measure(encoder, molecules, index, config, device):
     last = last_of(norms)
     return {
         "llc": {str(step): found[:, 0].tolist() for step, found in norms.items()},
-        "llc_by_norm": (last[:, 0] / h.norm(dim=1)).tolist(),
+        "llc_by_norm": (last[:, 0] / size).tolist(),
         "llc_standardised": last[:, 1].tolist(),
-        "norm": h.norm(dim=1).tolist(),
-        "sensitivity": torch.cat([sensitivity(encoder, part, DISPLACEMENTS) for part in parts]).tolist(),
+        "norm": size.tolist(),
+        "sensitivity": torch.cat([sensitivity(config.of, encoder, part, DISPLACEMENTS) for part in parts]).tolist(),
     }
 
 

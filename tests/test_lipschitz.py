@@ -13,7 +13,7 @@ import lipschitz
 from data import Molecules
 from formats.weights import read_encoder
 from harness.errors import InputError
-from lipschitz import LipschitzConfig, constants, embed, measure, pooled, rigid_motions, spectral_norms
+from lipschitz import LipschitzConfig, constants, embed, measure, output, rigid_motions, spectral_norms
 from model import EquivariantTransformer, ModelConfig, save_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_rigid_motions_have_the_right_rank_and_are_orthonormal():
 def test_an_invariant_embedding_does_not_answer_to_rigid_motions(norms):
     z, pos, batch, num, _ = batch_of(WATER, ACETYLENE)
     pos.requires_grad_()
-    jvp, _ = lipschitz.jacobian_products(pooled(encoder(**norms), z, pos, batch, num), pos)
+    jvp, _ = lipschitz.jacobian_products(output("graph", encoder(**norms), z, pos, batch, num)[0], pos)
     motions = rigid_motions(pos.detach(), batch, num)
     assert max(jvp(motions[:, :, k]).abs().max() for k in range(6)) < 1e-12
     assert jvp(torch.randn_like(pos)).abs().max() > 1e-3
@@ -88,17 +88,18 @@ def test_a_linear_map_gives_its_spectral_norm():
     jvp, vjp = lipschitz.jacobian_products(h, pos)
     scale = torch.ones(F, dtype=torch.float64)
     start = torch.randn(pos.shape, dtype=torch.float64, generator=generator)
-    found = spectral_norms(jvp, vjp, lambda v: v, start, batch, scale, (5, 25))
+    rows = torch.arange(3)
+    found = spectral_norms(jvp, vjp, lambda v: v, start, batch, rows, scale, (5, 25))
     assert torch.allclose(found[25], torch.tensor([3.0, 7.0, 0.0], dtype=torch.float64), rtol=1e-9)
     assert (found[5] <= found[25] + 1e-9).all()  # from below
-    halved = spectral_norms(jvp, vjp, lambda v: v, start, batch, 2 * scale, (25,))
+    halved = spectral_norms(jvp, vjp, lambda v: v, start, batch, rows, 2 * scale, (25,))
     assert torch.allclose(halved[25], found[25] / 2)
 
 
 def agreement(encoder, index):
     """Largest relative error of the batched norms after 25 iterations against the exact ones."""
     (part,) = lipschitz.batches(Molecules(QM9), index, CONFIG, "cpu")
-    std = embed(encoder, [part]).std(0)
+    std = embed("graph", encoder, [part])[0].std(0)
     iterated = constants(encoder, part, std, CONFIG)[25]
     return (iterated / constants(encoder, part, std, replace(CONFIG, exact=True))["exact"] - 1).abs().max()
 
@@ -106,6 +107,29 @@ def agreement(encoder, index):
 @pytest.mark.parametrize("norms", [{}, {"vec_norm_out": "whiten", "vec_norm_layer": "none"}], ids=str)
 def test_iterated_norms_equal_the_exact_ones(norms):
     assert agreement(encoder(**norms), spread(4)[:3]) < 1e-6
+
+
+@pytest.mark.parametrize("of", ["atoms", "all"])
+def test_the_output_of_all_atoms(of):
+    """Iterated equals exact, exact equals a Jacobian by autograd of all rows as one vector; vec adds to x."""
+    part, config = batch_of(WATER, HYDROGEN_CYANIDE), replace(CONFIG, of=of)
+    network, (z, pos, batch, num, _) = encoder(), part
+    ones = torch.ones(output(of, *[network, z, pos, batch, num])[0].shape[1], dtype=torch.float64)
+    exact = constants(network, part, ones, replace(config, exact=True))["exact"][:, 0]
+    assert torch.allclose(constants(network, part, ones, config)[25][:, 0], exact, rtol=1e-9)
+    for molecule in range(num):
+        mask = batch == molecule
+        zero = torch.zeros_like(z[mask])
+
+        def rows(moved, mask=mask, zero=zero):
+            x, vec = network(z[mask], moved, zero)
+            return torch.cat([x.flatten(), vec.flatten() if of == "all" else vec.flatten()[:0]])
+
+        J = torch.autograd.functional.jacobian(rows, pos[mask]).flatten(1)  # (n F or 4 n F, 3 n)
+        Q = rigid_motions(pos[mask], zero, 1).flatten(0, 1)
+        norm = torch.linalg.matrix_norm(J - J @ Q @ Q.T, 2)
+        assert exact[molecule].item() == pytest.approx(norm.item(), rel=1e-9)
+    assert (exact > constants(network, part, ones[:16], CONFIG)[25][:, 0]).all()
 
 
 @pytest.mark.slow
