@@ -1,6 +1,7 @@
 """Tables and figures of the studies, made from the results that are kept of their runs."""
 
 import math
+import statistics
 
 from harness.errors import need
 from harness.files import write_whole
@@ -10,12 +11,15 @@ from studies import runs
 def kind_of(study):
     """What a study's table and figure are of."""
     run, (program, *_) = next(iter(runs.STUDIES[study].items()))
+    if study == "output_norm":
+        return "readings"
     return "smoothness" if runs.analyses(study, run) else "errors" if program == "finetune.py" else "losses"
 
 
 def table(study, results):
     """Lines of markdown: an arm of a study of smoothness, a test error of fine-tuning, or a run."""
     kinds = {"smoothness": smoothness_table, "errors": errors_table, "losses": losses_table}
+    kinds["readings"] = readings_table
     return kinds[kind_of(study)](results)
 
 
@@ -23,7 +27,7 @@ def draw(study, results):
     """results/STUDY/<kind>.png."""
     plt = need("matplotlib.pyplot", "drawing")
     kinds = {"smoothness": draw_arms if study in runs.BESIDE else draw_smoothness}
-    kinds |= {"errors": draw_errors, "losses": draw_losses}
+    kinds |= {"errors": draw_errors, "losses": draw_losses, "readings": draw_readings}
     kinds[kind_of(study)](plt, results, runs.ROOT / "results" / study)
 
 
@@ -199,6 +203,50 @@ def draw_smoothness(plt, results, folder):
     for axis in axes[:, 0]:
         axis.set_ylabel("median LLC, 1/angstrom")
     save(figure, folder / "smoothness.png", results)
+
+
+def medians(result, reading, noise=0):
+    """Median LLC of a reading of the encoder's output: of the first and of the last weights."""
+    return [one["llc"]["median"] for one in result[f"{reading}_{noise}"].values()]
+
+
+def spread(values):
+    """mean ± standard deviation over the seeds."""
+    return f"{statistics.mean(values):.3g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def readings_table(results):
+    heads = [f"{of}{what}" for of in runs.READINGS for what in (", untrained", "", ", at 0.04 &#8491;")]
+    yield f"| arm | seeds | {' | '.join(heads)} |"
+    yield "|---" * (2 + len(heads)) + "|"
+    for arm, repeats in by_arm(results).items():
+        cells = []
+        for of in runs.READINGS:
+            untrained, trained = zip(*(medians(run, of) for run in repeats), strict=True)
+            noised = [medians(run, of, runs.NOISES[-1])[-1] for run in repeats]
+            cells += map(spread, (untrained, trained, noised))
+        yield f"| {arm} | {len(repeats)} | {' | '.join(cells)} |"
+
+
+def draw_readings(plt, results, folder):
+    """Median LLC by norms, a panel a reading, a point a seed; crosses: untrained."""
+    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(9, 3.4), layout="constrained")
+    arms = by_arm(results)
+    norms = list(dict.fromkeys(arm.rpartition("_")[2] for arm in arms))
+    for axis, of in zip(axes, runs.READINGS, strict=True):
+        for arm, repeats in arms.items():
+            objective, _, norm = arm.rpartition("_")
+            color, place = STARTS[objective][0], norms.index(norm) + (0.15 if objective == "georecon" else -0.15)
+            untrained, trained = zip(*(medians(run, of) for run in repeats), strict=True)
+            label = objective if norm == norms[0] else None
+            axis.plot([place] * len(trained), trained, "o", color=color, ms=5, fillstyle="none", label=label)
+            axis.plot([place] * len(untrained), untrained, "x", color="0.6", ms=4)
+        axis.set_xticks(range(len(norms)), norms)
+        axis.set(yscale="log", title={"graph": "mean of x", "atoms": "x of all atoms", "all": "x and vec"}[of])
+        axis.grid(axis="y", color="0.9")
+    axes[0].set_ylabel("median LLC, 1/angstrom")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, folder / "readings.png", results)
 
 
 def draw_arms(plt, results, folder):

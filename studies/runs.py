@@ -70,6 +70,14 @@ CONTROL = {
     for norms, settings in NORMS.items()
     for name in OBJECTIVES
 }
+# Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
+NO_VECTOR_NORMS = ["model.vec_norm_layer=none", "model.vec_norm_out=none"]
+OUTPUT = {
+    f"{name}_{norms}": pretrain(f"objective={name}", *settings)
+    for norms, settings in (NORMS | {"none": NO_VECTOR_NORMS}).items()
+    for name in OBJECTIVES[:2]
+}
+READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 KEPT = (0, 1000, 3000, 8000, 20000)
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=KEPT) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
@@ -118,6 +126,7 @@ STUDIES = {
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes on a large GPU
     "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
+    "output_norm": seeds((1, 2, 3), OUTPUT),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
@@ -131,12 +140,13 @@ STUDIES = {
 }
 # the control's arms that a study is to be compared with
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), ("coord_rms", "georecon_rms"))
+SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
 
 def analyses(study, run):
     """What is measured of a finished pretraining run: {key: (command, file, key in the file)}."""
-    if study not in ("control", "control_long", "alpha", "graph_embedding"):
+    if study not in (*SMOOTHNESS, "output_norm"):
         return {}
     out = f"out/{study}/{run}"
     given = dict(argument.split("=", 1) for argument in STUDIES[study][run][2:])
@@ -144,6 +154,11 @@ def analyses(study, run):
     data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
     few = [*data, "num_molecules=32", "iterations=15"]
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
+    if study == "output_norm":
+        places = {f"{of}_{noise}": (of, noise) for of in READINGS for noise in (0, NOISES[-1])}
+        how = {name: [f"of={of}", f"position_noise_scale={noise}"] for name, (of, noise) in places.items()}
+        commands = {name: ["lipschitz.py", *steps, *few, *h, f"out_dir={out}/{name}"] for name, h in how.items()}
+        return {name: (run, f"{out}/{name}/lipschitz.json", "summary") for name, run in commands.items()}
     smoothness = ["lipschitz.py", *steps, *few, f"out_dir={out}/clean"]
     found = {"smoothness": (smoothness, f"{out}/clean/lipschitz.json", "summary")}
     for name, noise in ((f"noised_{noise}", noise) for noise in NOISES):
