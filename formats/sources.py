@@ -169,8 +169,8 @@ def qm9_labels(values):
     return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, *_), value in pairs}
 
 
-def read_qm9_wheel(raw):
-    columns = [column for *_, column in QM9_LABELS]
+def qm9_rows(raw, columns):
+    """Rows of the tables in qm9pack's wheel, {column: text}; these columns must be there."""
     with zipfile.ZipFile(raw) as wheel:
         members = sorted(name for name in wheel.namelist() if re.search(r"qm9_part\d+\.csv$", name))
         if not members:
@@ -178,15 +178,19 @@ def read_qm9_wheel(raw):
         for member in members:
             with io.TextIOWrapper(wheel.open(member), newline="") as file:
                 rows = csv.DictReader(file)
-                needed = {"Index", "Elements", "XYZ_Ang", *columns}
-                if missing := needed - set(rows.fieldnames or ()):
+                if missing := {*columns} - set(rows.fieldnames or ()):
                     raise InputError(f"{raw}/{member}: no column {', '.join(sorted(missing))}: is it the right file?")
-                for row in rows:
-                    symbols = re.findall("[A-Za-z]+", row["Elements"])  # ['C','H', ...] and [[x,y,z],[x,y,z], ...]
-                    triples = row["XYZ_Ang"].strip("[]").split("],[")
-                    z, pos = xyz_atoms([[s, *triple.split(",")] for s, triple in zip(symbols, triples, strict=True)])
-                    labels = qm9_labels([number(row[column]) for column in columns])
-                    yield {"id": int(row["Index"]), "z": z, "pos": pos, "labels": labels}
+                yield from rows
+
+
+def read_qm9_wheel(raw):
+    columns = [column for *_, column in QM9_LABELS]
+    for row in qm9_rows(raw, ("Index", "Elements", "XYZ_Ang", *columns)):
+        symbols = re.findall("[A-Za-z]+", row["Elements"])  # ['C','H', ...] and [[x,y,z],[x,y,z], ...]
+        triples = row["XYZ_Ang"].strip("[]").split("],[")
+        z, pos = xyz_atoms([[s, *triple.split(",")] for s, triple in zip(symbols, triples, strict=True)])
+        labels = qm9_labels([number(row[column]) for column in columns])
+        yield {"id": int(row["Index"]), "z": z, "pos": pos, "labels": labels}
 
 
 def read_qm9_tar(raw):
