@@ -7,10 +7,6 @@
     rotor/bond      uint16 (R, 2)  [j stays, k turns], atom numbers within the molecule
     rotor/fragment  uint16 (A,)    0 stays; f >= 1 hangs on rotor f - 1 of its molecule
 
-Without the rotatable bonds a molecule falls into rigid fragments, which form a tree, or one tree for each part. The
-root is the largest fragment, as it has to stay somewhere. Rotors are numbered breadth first, so the one that another
-hangs on stands before it. The atoms that turn with rotor r are fragment r + 1 and all that descend from it.
-
 Bonds come from RAW by the molecule's id, if its elements and geometry agree. Otherwise RDKit tells them from the
 geometry, as those of a neutral molecule. It cannot always: then a molecule has no rotors, and is counted.
 """
@@ -20,7 +16,6 @@ import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
@@ -32,13 +27,14 @@ from formats.sources import open_raw, parallel, qm9_rows, readable, sdf_blocks, 
 from harness.errors import FOREIGN, InputError, explain, need
 from harness.files import check_file, check_new
 
-# Frad's torsion_utils.py: a single bond, not in a ring, neither end terminal or on a triple bond. With hydrogens as
-# atoms CH3, OH and NH2 turn, and so do amides.
+# Frad's torsion_utils.py: a single bond, not in a ring, neither end terminal or on a triple bond. Hydrogens are atoms:
+# CH3, OH and NH2 turn. So do amides.
 ROTATABLE = "[!$(*#*)&!D1]-&!@[!$(*#*)&!D1]"
-LONGEST = 1.3  # of the sum of covalent radii: a bond in RAW that is longer in the file is of another geometry
-SAME = 1e-3  # Å, between RAW and the file: text has four digits
+LONGEST = 1.3  # of the sum of covalent radii; a longer bond is none in this geometry
+SAME = 1e-3  # Å, between the positions of RAW and of the file: an SDF has four digits
 
-# ---------------------------------------------------------------- one molecule
+
+# ---------------------------------------------------------------- bonds: text, z (n,), pos (n, 3) -> mol, or None
 
 
 @cache
@@ -51,102 +47,90 @@ def chemistry():
     return Chem, Chem.MolFromSmarts(ROTATABLE), np.array([table.GetRcovalent(z) for z in range(119)])
 
 
-def elements(mol):
-    return np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
-
-
-def bonds_fit(mol, z, pos):
-    """Whether a molecule of RDKit has these elements in this order, and no bond that is too long in this geometry."""
-    if mol is None or not np.array_equal(elements(mol), z):
-        return False
-    ends = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in mol.GetBonds()], dtype=np.int64).reshape(-1, 2)
-    length = np.linalg.norm(pos[ends[:, 0]] - pos[ends[:, 1]], axis=1)  # (bonds,)
-    return bool((length < LONGEST * chemistry()[2][z[ends]].sum(1)).all())
+def fitting(_, z, pos, mol):
+    """mol, if it has these elements in this order, and no bond that is too long in this geometry; else None."""
+    if mol is None or [atom.GetAtomicNum() for atom in mol.GetAtoms()] != z.tolist():
+        return None
+    i, j = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in mol.GetBonds()], np.int64).reshape(-1, 2).T
+    radius = chemistry()[2][z]  # (n,)
+    return mol if (np.linalg.norm(pos[i] - pos[j], axis=1) < LONGEST * (radius[i] + radius[j])).all() else None
 
 
 def from_smiles(smiles, z, pos):
-    """Atoms of SMILES, then their hydrogens: QM9's order, but for 0.3 % of it."""
+    """QM9: the atoms of SMILES, then their hydrogens, are in the file's order but for 0.3 % of it."""
     Chem, *_ = chemistry()
     mol = Chem.MolFromSmiles(smiles)
-    mol = Chem.AddHs(mol) if mol else None
-    return mol if bonds_fit(mol, z, pos) else None
+    return fitting(None, z, pos, mol and Chem.AddHs(mol))
 
 
 def from_sdf(block, z, pos):
     """Unsanitized, as the converter reads it."""
     mol = chemistry()[0].MolFromMolBlock(block, sanitize=False, removeHs=False, strictParsing=False)
-    if not bonds_fit(mol, z, pos) or np.abs(mol.GetConformer().GetPositions() - pos).max() > SAME:
-        return None
-    return mol
+    mol = fitting(None, z, pos, mol)
+    return mol if mol and np.abs(mol.GetConformer().GetPositions() - pos).max() < SAME else None
 
 
 def from_geometry(_, z, pos):
-    """DetermineBonds: connect the dots, then the bond orders of a neutral molecule."""
+    """RDKit connects the dots, and finds the bond orders of a neutral molecule. Strained cages often have none."""
     from rdkit.Chem import rdDetermineBonds
 
     Chem, *_ = chemistry()
-    mol = Chem.RWMol()
+    mol, place = Chem.RWMol(), Chem.Conformer(len(z))
     for number in z.tolist():
-        atom = Chem.Atom(number)
-        atom.SetNoImplicit(True)
-        mol.AddAtom(atom)
-    place = Chem.Conformer(len(z))
+        mol.AddAtom(Chem.Atom(number))
     place.SetPositions(pos)
     mol.AddConformer(place)
     try:
         rdDetermineBonds.DetermineBonds(mol, charge=0, embedChiral=False)
-    except (ValueError, RuntimeError):  # no bond orders that fit, too strained, charged
+    except (ValueError, RuntimeError):
         return None
     return mol
 
 
+# ---------------------------------------------------------------- rotors
+
+
 def rotors(mol):
-    """A molecule of RDKit -> bond (R, 2), fragment (n,), both uint16; the bonds alone count."""
+    """A molecule of RDKit, of which the bonds alone count -> bond (R, 2), fragment (n,), both uint16.
+
+    Without the rotatable bonds it falls into rigid pieces. They form a tree, or one for each part of the molecule.
+    Which piece is the root is free: it is the largest. Rotors are numbered breadth first, so that the one that a rotor
+    hangs on has a lower number.
+    """
     Chem, rotatable, _ = chemistry()
     Chem.FastFindRings(mol)
-    turning = {frozenset(ends) for ends in mol.GetSubstructMatches(rotatable, maxMatches=1_000_000)}
-    rigid, turns = ([[] for _ in range(mol.GetNumAtoms())] for _ in range(2))  # neighbours of each atom
-    for bond in mol.GetBonds():
-        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
-        lists = turns if {i, j} in turning else rigid
-        lists[i].append(j)
-        lists[j].append(i)
-
-    def piece(atom):
-        """All atoms that rigid bonds join to this one, in order."""
-        reached, todo = {atom}, [atom]
-        while todo:
-            new = set(rigid[todo.pop()]) - reached
-            reached |= new
-            todo += new
-        return sorted(reached)
-
-    pieces = {tuple(piece(atom)) for atom in range(len(rigid))}
-    bonds, fragment = [], np.full(len(rigid), -1)
-    for root in sorted(pieces, key=lambda atoms: (-len(atoms), atoms[0])):  # the largest of each part comes first
-        todo = [] if fragment[root[0]] >= 0 else [root]
-        fragment[list(root)] = np.maximum(fragment[list(root)], 0)
-        while todo:
-            for j in todo.pop(0):
-                for k in sorted(turns[j]):
-                    if fragment[k] < 0:
-                        bonds.append((j, k))
-                        todo.append(piece(k))
-                        fragment[todo[-1]] = len(bonds)
-    return np.array(bonds, dtype=np.uint16).reshape(-1, 2), fragment.astype(np.uint16)
+    rigid, across = Chem.RWMol(mol), {}
+    for i, j in mol.GetSubstructMatches(rotatable, maxMatches=1_000_000):
+        rigid.RemoveBond(i, j)
+        across.setdefault(i, []).append(j)
+        across.setdefault(j, []).append(i)
+    pieces = sorted(map(sorted, Chem.GetMolFrags(rigid)), key=lambda piece: (-len(piece), piece[0]))
+    piece_of = {atom: piece for piece in pieces for atom in piece}
+    bond, fragment = [], {}
+    for root in pieces:  # the largest of each part comes first, the others are then reached from it
+        todo = [] if root[0] in fragment else [root]
+        fragment = dict.fromkeys(todo[0], 0) | fragment if todo else fragment
+        for piece in todo:  # which grows
+            for j in piece:
+                for k in sorted(across.get(j, ())):
+                    if k not in fragment:
+                        bond.append((j, k))
+                        todo.append(piece_of[k])
+                        fragment |= dict.fromkeys(piece_of[k], len(bond))
+    return np.array(bond, np.uint16).reshape(-1, 2), np.array([fragment[a] for a in range(len(fragment))], np.uint16)
 
 
 def search(items, bonds_of):
-    """[(m, RAW's text, z, pos)] -> [(m, its rotors, or None without bonds)]."""
-    found = ((m, bonds_of(text, z, pos)) for m, text, z, pos in items)
-    return [(m, None if mol is None else rotors(mol)) for m, mol in found]
+    """[(m, text, z, pos)] -> [(m, its rotors, or None where the bonds are not known)]."""
+    mols = [(m, bonds_of(text, z, pos)) for m, text, z, pos in items]
+    return [(m, mol and rotors(mol)) for m, mol in mols]
 
 
 # ---------------------------------------------------------------- all molecules of a file
 
 
 def sdf_texts(raw):
-    """(id, block) of an SDF under both ids that a converter may have given it: its place, the number in its title."""
+    """(id, block) under both ids that a converter may have given it: its place, and the number its title ends with."""
     with open_raw(raw) as file:
         files = (part for name, part in tar_members(raw) if name.endswith(".sdf")) if ".tar" in raw.suffixes else [file]
         for place, block in enumerate(block for part in files for block in sdf_blocks(part)):
@@ -156,106 +140,79 @@ def sdf_texts(raw):
 
 
 def texts(raw):
-    """-> (id, text) of each molecule of RAW, how to make bonds of it, what it is called."""
+    """(id, text) of each molecule of RAW, what makes bonds of a text, and what the texts are called."""
     if raw.suffix == ".whl":
         rows = qm9_rows(raw, ("Index", "SMILES"))
         return ((int(row["Index"]), row["SMILES"]) for row in rows), from_smiles, "SMILES"
-    if not {".sdf", ".tar"} & set(raw.suffixes):
-        raise InputError(f"{raw}: bonds are read from .sdf, .sdf.gz, .sdf.tar.gz or qm9pack-*.whl", code=2)
-    return sdf_texts(raw), from_sdf, "SDF"
+    if {".sdf", ".tar"} & set(raw.suffixes):
+        return sdf_texts(raw), from_sdf, "SDF"
+    raise InputError(f"{raw}: bonds are read from .sdf, .sdf.gz, .sdf.tar.gz or qm9pack-*.whl", code=2)
 
 
-class Found:
-    """What was found so far, in arrays as long as the file; ways counts the molecules by the origin of their bonds."""
+def find_all(file, raw):
+    """The three datasets of an open file, the number of rotors (M,), -1 where unknown, and {origin of bonds: count}."""
+    z, ptr, ids = (file[name][:] for name in ("z", "ptr", "id"))
+    bond, fragment = np.zeros((len(z), 2), np.uint16), np.zeros(len(z), np.uint16)  # bond: molecule m's from ptr[m] on
+    number, origins, sizes = np.full(len(ids), -1), {}, np.diff(ptr)
 
-    def __init__(self, file, z):
-        self.pos, self.z, self.ptr, self.ids = file["pos"], z, file["ptr"][:], file["id"][:]
-        self.bond, self.fragment = np.zeros((len(z), 2), np.uint16), np.zeros(len(z), np.uint16)  # bond: from ptr[m] on
-        self.number = np.full(len(self.ids), -1)  # rotors of each molecule; -1: its bonds are not known
-        self.ways = Counter()
+    def atoms(m):
+        return z[ptr[m] : ptr[m + 1]], file["pos"][ptr[m] : ptr[m + 1]].astype(np.float64)
 
-    def atoms(self, m):
-        """-> z (n,) int64, pos (n, 3) float64."""
-        mine = slice(self.ptr[m], self.ptr[m + 1])
-        return self.z[mine].astype(np.int64), self.pos[mine].astype(np.float64)
+    def fill(origin, bonds_of, pairs):
+        items = ((m, text, *atoms(m)) for m, text in pairs)
+        for m, found in parallel(partial(search, bonds_of=bonds_of), items):
+            if found and number[m] < 0:
+                number[m], origins[origin] = len(found[0]), origins.get(origin, 0) + 1
+                bond[ptr[m] : ptr[m] + number[m]], fragment[ptr[m] : ptr[m + 1]] = found
 
-    def fill(self, way, bonds_of, pairs):
-        """Find the rotors of molecules m by their texts: pairs (m, text)."""
-        items = ((m, text, *self.atoms(m)) for m, text in pairs)
-        for m, rotors_of in parallel(partial(search, bonds_of=bonds_of), items):
-            if rotors_of and self.number[m] < 0:
-                bond, fragment = rotors_of
-                self.number[m], start = len(bond), self.ptr[m]
-                self.bond[start : start + len(bond)] = bond
-                self.fragment[start : start + len(fragment)] = fragment
-                self.ways[way] += 1
+    def rest():
+        return [(m, None) for m in np.flatnonzero(number < 0).tolist()]
 
-    def rest(self):
-        return ((m, None) for m in np.flatnonzero(self.number < 0).tolist())
-
-    def columns(self):
-        """-> the three datasets."""
-        number = np.maximum(self.number, 0)
-        ptr = np.concatenate([[0], np.cumsum(number)])
-        rows = np.arange(ptr[-1]) + np.repeat(self.ptr[:-1] - ptr[:-1], number)
-        return {"rotor/ptr": ptr, "rotor/bond": self.bond[rows], "rotor/fragment": self.fragment}
-
-
-def first_frame(_, z, pos, mol):
-    return mol if bonds_fit(mol, z, pos) else None
-
-
-def find_all(path, raw):
-    """Every molecule by the first way that knows its bonds -> Found."""
-    with explain(f"{path}: damaged, convert it again", *FOREIGN), h5py.File(path, "r") as file:
-        if "rotor" in file:
-            raise InputError(f"{path} has rotors already: take the file that it was made from")
-        z = file["z"][:]
-        if not (z == 1).any():
-            raise InputError(f"{path} has no hydrogen: rotors are found with all atoms there")
-        found = Found(file, z)
-        if raw:
-            stream, bonds_of, way = texts(raw)
-            place = dict(zip(found.ids.tolist(), range(len(found.ids))))
-            with readable(raw):
-                found.fill(f"the {way} of {raw.name}", bonds_of, ((place[k], t) for k, t in stream if k in place))
-            if not found.ways:
-                raise InputError(f"{raw}: none of its molecules is in {path}, by id, elements and geometry")
-        sizes = np.diff(found.ptr)
-        if (sizes == sizes[0]).all() and (z.reshape(-1, sizes[0]) == z[: sizes[0]]).all():  # frames of a trajectory
-            frame = partial(first_frame, mol=from_geometry(None, *found.atoms(0)))
-            found.fill("the geometry of the first", frame, found.rest())
-        found.fill("their own geometry", from_geometry, found.rest())
-    return found
+    if raw:
+        (stream, bonds_of, kind), place = texts(raw), dict(zip(ids.tolist(), range(len(ids))))
+        with readable(raw):
+            fill(f"the {kind} of {raw.name}", bonds_of, ((place[key], text) for key, text in stream if key in place))
+        if not origins:
+            raise InputError(f"{raw}: none of its molecules is in {file.filename}, by id, elements and geometry")
+    if (sizes == sizes[0]).all() and (z.reshape(-1, sizes[0]) == z[: sizes[0]]).all():  # a trajectory
+        fill("the geometry of the first", partial(fitting, mol=from_geometry(None, *atoms(0))), rest())
+    fill("their own geometry", from_geometry, rest())
+    known = np.maximum(number, 0)
+    first = np.concatenate([[0], np.cumsum(known)])  # (M+1,)
+    rows = np.arange(first[-1]) + np.repeat(ptr[:-1] - first[:-1], known)  # (R,)
+    return {"rotor/ptr": first, "rotor/bond": bond[rows], "rotor/fragment": fragment}, number, origins
 
 
 def add_rotors(path, out, raw=None):
-    """python data.py rotors FILE.h5 [RAW] OUT.h5: OUT.h5 is FILE.h5 with rotors."""
-    path, out, raw = Path(path), Path(out), Path(raw) if raw else None
-    begun = time.perf_counter()
+    """python data.py rotors FILE.h5 [RAW] OUT.h5"""
+    path, out, raw, begun = Path(path), Path(out), raw and Path(raw), time.perf_counter()
     check_new(out, kinds=(".h5",))
     check_file(path, "convert one with `python data.py SOURCE RAW OUT.h5`")
     if raw:
         check_file(raw, "download it first")
     need("rdkit.Chem", "finding rotors")
-    attrs = read_contents(path).attrs
-    found = find_all(path, raw)
-    columns = found.columns()
-    command = " ".join(["python data.py rotors", path.name, *([raw.name] if raw else []), out.name])
+    ids, attrs = None, read_contents(path).attrs
+    with explain(f"{path}: damaged, convert it again", *FOREIGN), h5py.File(path, "r") as file:
+        if "rotor" in file:
+            raise InputError(f"{path} has rotors already: take the file that it was made from")
+        if not (file["z"][:] == 1).any():
+            raise InputError(f"{path} has no hydrogen: rotors are found where all atoms are there")
+        ids, (columns, number, origins) = file["id"][:], find_all(file, raw)
+    command = ["python data.py rotors", path.name, *([raw.name] if raw else []), out.name]
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             shutil.copyfile(path, f"{folder}/out.h5")
             with h5py.File(f"{folder}/out.h5", "r+") as file:
-                file.attrs["command"] = f"{attrs.get('command', '')}\n{command}".strip()
+                file.attrs["command"] = f"{attrs.get('command', '')}\n{' '.join(command)}".strip()
                 for name, values in columns.items():
                     file[name] = values
             os.replace(f"{folder}/out.h5", out)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    turning, unknown = (found.number > 0).sum(), found.ids[found.number < 0]
     print(f"{out}: {len(columns['rotor/bond']):,} rotors, in {time.perf_counter() - begun:.1f} s")
-    print(f"  {turning:,} of {len(found.ids):,} molecules have one or more, at most {found.number.max()}")
-    for way, count in found.ways.items():
-        print(f"  bonds of {count:,} from {way}")
-    first = f" (id {', '.join(map(str, unknown[:5]))}{', ...' if len(unknown) > 5 else ''})" if len(unknown) else ""
-    print(f"  bonds of {len(unknown):,} not known, so no rotors{first}")
+    print(f"  {(number > 0).sum():,} of {len(ids):,} molecules have some, at most {number.max()}")
+    for origin, count in origins.items():
+        print(f"  bonds of {count:,} from {origin}")
+    unknown = ids[number < 0].tolist()
+    some = f", so no rotors (id {', '.join(map(str, unknown[:5]))}{', ...' * (len(unknown) > 5)})" if unknown else ""
+    print(f"  bonds of {len(unknown):,} not known{some}")
