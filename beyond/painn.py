@@ -1,0 +1,154 @@
+"""PaiNN (Schutt, Unke & Gastegger, arXiv:2102.03150): another backbone for GeoRecon, in torch alone.
+
+z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F), as model.py's EquivariantTransformer. N, P, F and K are
+those of model.py, L is the number of layers. The formulas have the paper's names: q is x, mu is vec.
+
+    u_ij    = (pos_j - pos_i) / d_ij                      every pair i, j of a molecule with d_ij < cutoff
+    W_ij^l  = (A^l g(d_ij) + c^l) C(d_ij)                 the filters of layer l
+    q_i     = embedding(z_i),   mu_i = 0
+    q, mu   = mixing(interaction(q, mu, W^l))             for each layer l
+
+There is no norm, neither between the layers nor at the end: the scale of x and vec is free.
+Formulas, parameter names and initialisation are schnetpack 2.1.1's (representation/painn.py). Its state dict loads by
+name into a model with its num_rbf, cutoff_upper and max_z. tests/test_beyond_painn.py compares the two.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from model import Linear, cosine_cutoff, linear, radius_graph
+
+
+class Pairs(NamedTuple):
+    """Every pair of atoms within the cutoff, once: both directions of a pair have the same filters."""
+
+    i: torch.Tensor  # (P,) target of the first direction; the second direction runs from i to j
+    j: torch.Tensor  # (P,) source of the first direction
+    unit: torch.Tensor  # (P, 3) (pos_j - pos_i) / distance; the second direction has its negative
+
+
+class LinearSiLU(Linear):
+    """silu(W x + b), one module: schnetpack's names count the linear layers alone, `.0` and `.1`."""
+
+    def forward(self, x):
+        return silu(super().forward(x))
+
+
+class GaussianSmearing(nn.Module):
+    """g_k(d) = exp(-(d - o_k)^2 / (2 w^2)), o from 0 to cutoff in steps of w: distance (P,) -> (P, K).
+
+    DEVIATION: schnetpack's default. The paper has sin(k pi d / cutoff) / d.
+    """
+
+    def __init__(self, cutoff, num_rbf):
+        super().__init__()
+        offsets = torch.linspace(0, cutoff, num_rbf)
+        self.register_buffer("widths", (offsets[1] - offsets[0]).expand(num_rbf).clone())
+        self.register_buffer("offsets", offsets)
+
+    def forward(self, distance):
+        return torch.exp(-0.5 * ((distance.unsqueeze(-1) - self.offsets) / self.widths).square())
+
+
+class CosineCutoff(nn.Module):
+    """C(d) of model.py, with the cutoff as a buffer: distance (P,) -> (P,)."""
+
+    def __init__(self, cutoff):
+        super().__init__()
+        self.register_buffer("cutoff", torch.tensor([float(cutoff)]))
+
+    def forward(self, distance):
+        return cosine_cutoff(distance, self.cutoff)
+
+
+class PaiNNInteraction(nn.Module):
+    """Messages between atoms: q (N, F), mu (N, 3, F), filters W (P, 3F) -> q, mu.
+
+    s_j        = B2 silu(B1 q_j)
+    [a, b, e]  = W_ij * s_j
+    q_i       += sum_j a
+    mu_i      += sum_j b u_ij + e mu_j
+    """
+
+    compiles = True  # torch.compile pays: many small operations on (P, 3, F)
+
+    def __init__(self, channels):
+        super().__init__()
+        first, second = LinearSiLU(channels, channels), Linear(channels, 3 * channels)
+        self.interatomic_context_net = nn.Sequential(first, second)
+
+    def forward(self, q, mu, filters, pairs):
+        s_a, s_b, s_e = self.interatomic_context_net(q).chunk(3, dim=-1)  # (N, F)
+        w_a, w_b, w_e = filters.chunk(3, dim=-1)  # (P, F)
+        s_mu = s_e.unsqueeze(1) * mu  # (N, 3, F): a product per atom, not per pair
+        unit = pairs.unit.unsqueeze(2)  # (P, 3, 1)
+        for i, j, sign in ((pairs.i, pairs.j, 1), (pairs.j, pairs.i, -1)):
+            q = q.index_add(0, i, w_a * s_a.index_select(0, j))  # (P, F) -> (N, F)
+            along = (w_b * s_b.index_select(0, j)).unsqueeze(1)  # (P, 1, F)
+            message = torch.addcmul(w_e.unsqueeze(1) * s_mu.index_select(0, j), along, unit, value=sign)
+            mu = mu.index_add(0, i, message)  # (P, 3, F) -> (N, 3, F)
+        return q, mu
+
+
+class PaiNNMixing(nn.Module):
+    """Mixing of channels inside an atom: q (N, F), mu (N, 3, F) -> q, mu.
+
+    [V, U]     = D mu
+    n          = sqrt(|V|^2 + 1e-8)            with 1e-8 the derivatives are finite at V = 0
+    [a, b, e]  = C2 silu(C1 [q || n])
+    q         += a + e <V, U>
+    mu        += b U
+    """
+
+    compiles = True
+
+    def __init__(self, channels):
+        super().__init__()
+        first, second = LinearSiLU(2 * channels, channels), Linear(channels, 3 * channels)
+        self.intraatomic_context_net = nn.Sequential(first, second)
+        self.mu_channel_mix = Linear(channels, 2 * channels, bias=False)
+
+    def forward(self, q, mu):
+        v, u = self.mu_channel_mix(mu).chunk(2, dim=-1)  # (N, 3, F)
+        length = (v.square().sum(1) + 1e-8).sqrt()  # (N, F)
+        a, b, e = self.intraatomic_context_net(torch.cat([q, length], dim=-1)).chunk(3, dim=-1)  # (N, F)
+        return q + a + e * (v * u).sum(1), torch.addcmul(mu, b.unsqueeze(1), u)
+
+
+class PaiNN(nn.Module):
+    """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F) invariant, vec (N, 3, F) equivariant."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        channels, layers = config.embedding_dimension, config.num_layers
+        self.embedding = nn.Embedding(config.max_z, channels)
+        self.radial_basis = GaussianSmearing(config.cutoff_upper, config.num_rbf)
+        self.cutoff_fn = CosineCutoff(config.cutoff_upper)
+        self.filter_net = Linear(config.num_rbf, layers * 3 * channels)
+        self.interactions = nn.ModuleList(PaiNNInteraction(channels) for _ in range(layers))
+        self.mixing = nn.ModuleList(PaiNNMixing(channels) for _ in range(layers))
+
+    def forward(self, z, pos, batch, edge_index=None):
+        """edge_index (2, P): the pairs, if already known. Those beyond the cutoff have C = 0, so no weight."""
+        if edge_index is None:
+            edge_index = radius_graph(pos, batch, self.config.cutoff_upper, self.config.max_num_neighbors)
+        j, i = edge_index
+        edge_vec = pos.index_select(0, j) - pos.index_select(0, i)  # (P, 3)
+        # the clamp keeps two coincident atoms finite: derivative 0 instead of 0 / 0
+        distance = edge_vec.square().sum(-1).clamp(min=1e-12).sqrt()  # (P,)
+        pairs = Pairs(i, j, edge_vec / distance.unsqueeze(-1))
+        rbf, fade = self.radial_basis(distance), self.cutoff_fn(distance).unsqueeze(-1)  # (P, K), (P, 1)
+
+        q = self.embedding(z)  # (N, F)
+        # zero, not None: the first layer is one with the others, and its weights get the gradient that DDP waits for
+        mu = q.new_zeros(len(z), 3, q.shape[1])  # (N, 3, F)
+        weights, biases = (part.chunk(len(self.mixing)) for part in (self.filter_net.weight, self.filter_net.bias))
+        # a linear layer for each l: slices of one product would differ in their offset, which torch.compile minds
+        for interaction, mixing, A, c in zip(self.interactions, self.mixing, weights, biases, strict=True):
+            q, mu = interaction(q, mu, linear(rbf, A, c) * fade, pairs)  # filters (P, 3F)
+            q, mu = mixing(q, mu)
+        return q, mu
