@@ -3,6 +3,7 @@
     python data.py SOURCE RAW [RAW ...] OUT.h5        SOURCE: qm9 pcqm4mv2 sdf md17 rmd17 md22 xyz
     python data.py info FILE.h5                       what to know of a file before training on it
     python data.py sample FILE.h5 OUT.h5 num=2000 seed=1
+    python data.py rotors FILE.h5 [RAW] OUT.h5        the file with its rotatable bonds, for objective=frad
 
     qm9       qm9pack-1.0.3-py3-none-any.whl | dsgdb9nsd.xyz.tar.bz2  [+ uncharacterized.txt]
     pcqm4mv2  pcqm4m-v2-train.sdf.tar.gz | pcqm4m-v2_xyz.zip
@@ -252,6 +253,10 @@ def main(argv):
             info(Molecules(path))
         case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
             sample(Molecules(path), out, int(m[1]), int(m[2]))
+        case ["rotors", path, *raw, out] if len(raw) < 2:
+            from beyond.rotors import add_rotors
+
+            add_rotors(path, out, *raw)
         case [source, *raws, out] if source in SOURCES and raws:
             convert(source, raws, out, qm9_splits)
         case _:

@@ -1,6 +1,7 @@
 """Frad, fractional denoising: turn torsions, noise the coordinates, predict the coordinate noise alone.
 
-Feng et al., "Fractional Denoising for 3D Molecular Pre-training", arXiv:2307.10683. For each rotatable bond
+Feng et al., "Fractional Denoising for 3D Molecular Pre-training", arXiv:2307.10683. For each
+rotatable bond
 
     angle ~ N(0, tau^2)      tau = dihedral_angle_noise_scale, 2 degrees      pos_turned: all bonds turned by theirs
     eps ~ N(0, sigma^2)      sigma = position_noise_scale, angstrom
@@ -35,11 +36,12 @@ def product(a, b):
 def turn(pos, bond, fragment, angle):
     """Turn every rotor by its angle: pos (N, 3), bond (R, 2), fragment (N,), angle (R,) radians -> (N, 3).
 
-    k's side turns by the right-hand rule about j -> k, so that each torsion i-j-k-l grows by the angle. This is exact
-    at any angle. A rotor's own map is x -> Q x + s about its bond as it was before; an atom goes through the maps of
-    all rotors between it and the root, the nearest one first. An angle of 0 is the identity to the bit.
-    DEVIATION: Frad's code turns one bond after another by RDKit's SetDihedralDeg. The outcome is the same up to a rigid
-    motion of each part of a molecule.
+    k's side turns by the right-hand rule about j -> k, so that each torsion i-j-k-l grows by the
+    angle. This is exact at any angle. A rotor's own map is x -> Q x + s about its bond as it was
+    before; an atom goes through the maps of all rotors between it and the root, the nearest one
+    first. An angle of 0 is the identity to the bit.
+    DEVIATION: Frad's code turns one bond after another by RDKit's SetDihedralDeg. The outcome is
+    the same up to a rigid motion of each part of a molecule.
     """
     j, k = bond.unbind(1)
     eye = torch.eye(3, dtype=pos.dtype, device=pos.device)
@@ -49,7 +51,8 @@ def turn(pos, bond, fragment, angle):
     Q = eye + angle.sin() * cross + 2 * (angle / 2).sin().square() * product(cross, cross)  # Rodrigues
     s = pos[k].unsqueeze(2) - product(Q, pos[k].unsqueeze(2))  # (R, 3, 1)
 
-    # the map of each fragment, of the root's fragment 0 first; up: the fragment that this map continues in
+    # the map of each fragment, of the root's fragment 0 first; up: the fragment that this map
+    # continues in
     Q, s = torch.cat([eye.unsqueeze(0), Q]), torch.cat([s.new_zeros(1, 3, 1), s])  # (R+1, 3, 3), (R+1, 3, 1)
     up = torch.cat([fragment.new_zeros(1), fragment[j]])  # (R+1,)
     while up.any():  # each pass doubles the number of rotors in a map: log2(longest chain) passes
@@ -124,7 +127,8 @@ class Rotors:
 class Frad(nn.Module):
     """Fractional denoising on any encoder (z, pos, batch) -> x, vec; attributes and first weights are Coord's.
 
-    DEVIATION: the clean geometry is the file's. Frad's code takes the conformer of its own LMDB file.
+    DEVIATION: the clean geometry is the file's. Frad's code takes the conformer of its own LMDB
+    file.
     """
 
     extra_noise = 1  # a further standard normal number for each atom: the angle of the rotor that turns it

@@ -1,7 +1,8 @@
 """PaiNN (Schutt, Unke & Gastegger, arXiv:2102.03150): another backbone for GeoRecon, in torch alone.
 
-z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F), as model.py's EquivariantTransformer. N, P, F and K are
-those of model.py, L is the number of layers. The formulas have the paper's names: q is x, mu is vec.
+z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F), as model.py's EquivariantTransformer. N,
+P, F and K are those of model.py, L is the number of layers. The formulas have the paper's names: q
+is x, mu is vec.
 
     u_ij    = (pos_j - pos_i) / d_ij                      every pair i, j of a molecule with d_ij < cutoff
     W_ij^l  = (A^l g(d_ij) + c^l) C(d_ij)                 the filters of layer l
@@ -9,8 +10,9 @@ those of model.py, L is the number of layers. The formulas have the paper's name
     q, mu   = mixing(interaction(q, mu, W^l))             for each layer l
 
 There is no norm, neither between the layers nor at the end: the scale of x and vec is free.
-Formulas, parameter names and initialisation are schnetpack 2.1.1's (representation/painn.py). Its state dict loads by
-name into a model with its num_rbf, cutoff_upper and max_z. tests/test_beyond_painn.py compares the two.
+Formulas, parameter names and initialisation are schnetpack 2.1.1's (representation/painn.py). Its
+state dict loads by name into a model with its num_rbf, cutoff_upper and max_z.
+tests/test_beyond_painn.py compares the two.
 """
 
 from typing import NamedTuple
@@ -144,10 +146,12 @@ class PaiNN(nn.Module):
         rbf, fade = self.radial_basis(distance), self.cutoff_fn(distance).unsqueeze(-1)  # (P, K), (P, 1)
 
         q = self.embedding(z)  # (N, F)
-        # zero, not None: the first layer is one with the others, and its weights get the gradient that DDP waits for
+        # zero, not None: the first layer is one with the others, and its weights get the gradient
+        # that DDP waits for
         mu = q.new_zeros(len(z), 3, q.shape[1])  # (N, 3, F)
         weights, biases = (part.chunk(len(self.mixing)) for part in (self.filter_net.weight, self.filter_net.bias))
-        # a linear layer for each l: slices of one product would differ in their offset, which torch.compile minds
+        # a linear layer for each l: slices of one product would differ in their offset, which
+        # torch.compile minds
         for interaction, mixing, A, c in zip(self.interactions, self.mixing, weights, biases, strict=True):
             q, mu = interaction(q, mu, linear(rbf, A, c) * fade, pairs)  # filters (P, 3F)
             q, mu = mixing(q, mu)

@@ -7,8 +7,9 @@
     rotor/bond      uint16 (R, 2)  [j stays, k turns], atom numbers within the molecule
     rotor/fragment  uint16 (A,)    0 stays; f >= 1 hangs on rotor f - 1 of its molecule
 
-Bonds come from RAW by the molecule's id, if its elements and geometry agree. Otherwise RDKit tells them from the
-geometry, as those of a neutral molecule. It cannot always: then a molecule has no rotors, and is counted.
+Bonds come from RAW by the molecule's id, if its elements and geometry agree. Otherwise RDKit tells
+them from the geometry, as those of a neutral molecule. It cannot always: then a molecule has no
+rotors, and is counted.
 """
 
 import os
@@ -27,8 +28,8 @@ from formats.sources import open_raw, parallel, qm9_rows, readable, sdf_blocks, 
 from harness.errors import FOREIGN, InputError, explain, need
 from harness.files import check_file, check_new
 
-# Frad's torsion_utils.py: a single bond, not in a ring, neither end terminal or on a triple bond. Hydrogens are atoms:
-# CH3, OH and NH2 turn. So do amides.
+# Frad's torsion_utils.py: a single bond, not in a ring, neither end terminal or on a triple bond.
+# Hydrogens are atoms: CH3, OH and NH2 turn. So do amides.
 ROTATABLE = "[!$(*#*)&!D1]-&!@[!$(*#*)&!D1]"
 LONGEST = 1.3  # of the sum of covalent radii; a longer bond is none in this geometry
 SAME = 1e-3  # Å, between the positions of RAW and of the file: an SDF has four digits
@@ -73,8 +74,9 @@ def from_sdf(block, z, pos):
 def from_geometry(_, z, pos):
     """RDKit connects the dots, then finds the bond orders of a neutral molecule.
 
-    Against the bonds of QM9's SMILES it fails for 4.5 % of the molecules, strained cages, and agrees on the rest. Of
-    7,449 drug-like ones in an SDF it gives 2 % other rotors: sulfur and phosphorus get double bonds that they lack.
+    Against the bonds of QM9's SMILES it fails for 4.5 % of the molecules, strained cages, and
+    agrees on the rest. Of 7,449 drug-like ones in an SDF it gives 2 % other rotors: sulfur and
+    phosphorus get double bonds that they lack.
     """
     from rdkit.Chem import rdDetermineBonds
 
@@ -97,9 +99,9 @@ def from_geometry(_, z, pos):
 def rotors(mol):
     """A molecule of RDKit, of which the bonds alone count -> bond (R, 2), fragment (n,), both uint16.
 
-    Without the rotatable bonds it falls into rigid pieces. They form a tree, or one for each part of the molecule.
-    Which piece is the root is free: it is the largest. Rotors are numbered breadth first, so that the one that a rotor
-    hangs on has a lower number.
+    Without the rotatable bonds it falls into rigid pieces. They form a tree, or one for each part
+    of the molecule. Which piece is the root is free: it is the largest. Rotors are numbered breadth
+    first, so that the one that a rotor hangs on has a lower number.
     """
     Chem, rotatable, _ = chemistry()
     Chem.FastFindRings(mol)

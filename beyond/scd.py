@@ -6,11 +6,11 @@
     L      = 1/(3N) sum_i |head(encoder(noised, g)) - eps_i / sigma|^2
 
 GeoRecon hands g to a decoder; SCD hands it to the whole network. With probability mask_probability
-a molecule trains on the mask token in place of g. All later stages run the encoder on the mask token:
-encoder(z, pos, batch).
+a molecule trains on the mask token in place of g. All later stages run the encoder on the mask
+token: encoder(z, pos, batch).
 
 Facts of the method are from its public code. Two controls: `model.backbone: adaptive` with
-`objective: coord` has this network and no g at all; `mask_probability: 1` has both encodings and no g.
+`objective: coord` has this network and no g at all; `mask_probability: 1` has both encodings without g.
 """
 
 import math
@@ -72,7 +72,8 @@ class AdaptiveTransformer(EquivariantTransformer):
     def forward(self, z, pos, batch, edge_index=None, graph_emb=None, keep=None):
         """As EquivariantTransformer. graph_emb (B, F): the condition, None for the mask token.
 
-        keep (L, N): by what to multiply each atom's increments in each layer, for drop path; None for 1.
+        keep (L, N): by what to multiply each atom's increments in each layer, for drop path; None
+        for 1.
         """
         graph = self.graph(pos, batch, edge_index)
         x = self.neighbor_embedding(z, self.embedding(z), graph)  # (N, F)
@@ -101,8 +102,8 @@ class SelfConditioned(nn.Module):
     """The objective, as pretrain.Pretraining: its contract is in beyond/README.md.
 
     DEVIATION: noise, target and norms are those of Coord in pretrain.py, and element embeddings are
-    trained, so that the two can be compared. The public code removes the mean of each molecule's noise
-    and freezes the embeddings.
+    trained, so that the two can be compared. The public code removes the mean of each molecule's
+    noise and freezes the embeddings.
     """
 
     inputs = None
@@ -125,8 +126,8 @@ class SelfConditioned(nn.Module):
     def forward(self, z, pos, batch, noise, num_molecules, shuffle=False):
         """noise (N, 7 or 7 + L) standard normal -> dict of scalar losses.
 
-        When evaluated, also `loss_noise_masked` and, with shuffle, `loss_noise_shuffled`: the encoder
-        sees the mask token, or the previous molecule's graph embedding.
+        When evaluated, also `loss_noise_masked` and, with shuffle, `loss_noise_shuffled`: the
+        encoder sees the mask token, or the previous molecule's graph embedding.
         """
         config = self.config
         clean = pos + config.clean_noise_scale * noise[:, 3:6]

@@ -12,9 +12,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 from raw_files import tar
+from tiny_run import TINY, read_log, run, same_bits
 from torch.utils.data import DataLoader
 
+import data
+import pretrain
 from beyond.frad import Frad, turn
 from data import Molecules
 from formats.write import sample, write_h5
@@ -526,3 +530,30 @@ def test_what_cannot_be_given_rotors_is_refused(made, drugs, tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", full)
     refused(lambda: add_rotors(plain, out), "out.h5: cannot be written (No space left on device)")
     assert sorted(os.listdir(tmp_path)) == ["a.sdf.gz", "bare.h5"]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_two_ranks_equal_one_and_no_angle_is_coord(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(
+        yaml.safe_dump(TINY | {"data": str(made / "rotors.h5"), "objective": "frad", "max_steps": 8})
+    )
+    pretrain.main(["tiny.yaml", "out_dir=whole"])
+    pretrain.main(["tiny.yaml", "out_dir=again", "max_steps=3"])
+    pretrain.main(["tiny.yaml", "out_dir=again", "resume=true", "num_workers=1"])
+    assert same_bits("whole", "again")
+    run("tiny.yaml", "out_dir=two", ranks=2)
+    for a, b in zip(read_log("whole"), read_log("two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    pretrain.main(["tiny.yaml", "out_dir=still", "dihedral_angle_noise_scale=0"])
+    pretrain.main(["tiny.yaml", "out_dir=coord", "objective=coord"])
+    assert same_bits("still", "coord") and not same_bits("whole", "coord")
+
+
+def test_rotors_are_added_by_the_command_of_the_readme(tmp_path, capsys):
+    data.main(["sample", str(DEMO), str(tmp_path / "few.h5"), "num=20", "seed=1"])
+    data.main(["rotors", str(tmp_path / "few.h5"), str(tmp_path / "rotors.h5")])
+    assert "their own geometry" in capsys.readouterr().out
+    assert len(Molecules(tmp_path / "rotors.h5", Frad.inputs).read([0, 3])["inputs"]["fragment"]) > 2

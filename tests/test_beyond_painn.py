@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ import torch
 from make_parity import MOLECULES, collate
 from make_parity_painn import FULL, PATH, SETTINGS
 from test_model import DTYPES, SYMMETRIC, all_molecules, difference, fill, random_orthogonal, single
+from tiny_run import same_bits
 
+import finetune
+import lipschitz
+import pretrain
 from beyond.painn import GaussianSmearing, PaiNN
-from model import ModelConfig, cosine_cutoff, radius_graph
+from model import ModelConfig, cosine_cutoff, load_encoder, radius_graph
 
 
 def build(device, dtype=torch.float64, **changes):
@@ -341,6 +346,25 @@ def test_the_layers_say_that_compiling_pays(device):
 
 
 COMPILED = ("acetamide", "aspirin", "CH4", "one atom")  # several sizes, and no pair at all
+
+
+@pytest.mark.parametrize("objective", ["coord", "georecon"])
+def test_every_stage_runs_on_it(objective, tiny):
+    """Pretraining, resumed to the same bits; properties, forces, the Lipschitz constant."""
+    root = Path(pretrain.__file__).parent
+    settings = [str(tiny), f"objective={objective}", "model.backbone=painn"]
+    pretrain.main([*settings, "max_steps=6", "out_dir=out/whole"])
+    pretrain.main([*settings, "max_steps=3", "out_dir=out/again"])
+    pretrain.main([*settings, "max_steps=6", "out_dir=out/again", "resume=true"])
+    assert same_bits("out/whole", "out/again") and type(load_encoder("out/whole/encoder.pt")) is PaiNN
+    few = ["init_from=out/whole/encoder.pt", "max_steps=3", "batch_size=4"]
+    few += ["train_size=40", "val_size=10", "test_size=10"]
+    for name, data in (("gap", "qm9_demo"), ("forces", "ethanol_demo")):
+        config = str(root / f"configs/demo_{name}.yaml")
+        finetune.main([config, f"data={root}/data/{data}.h5", *few, f"out_dir=out/{name}"])
+        assert type(finetune.load_property_model(f"out/{name}/best.pt")[0].encoder) is PaiNN
+    data = f"data={root}/data/qm9_demo.h5"
+    lipschitz.main(["out/whole/encoder.pt", data, "num_molecules=3", "iterations=9", "out_dir=out/llc"])
 
 
 @pytest.mark.slow
