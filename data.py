@@ -1,6 +1,6 @@
 """Molecules of one HDF5 file -> splits -> batches that are a function of (seed, step).
 
-    python data.py SOURCE RAW [RAW ...] OUT.h5        SOURCE: qm9 pcqm4mv2 sdf md17 rmd17 md22 xyz
+    python data.py SOURCE RAW [RAW ...] OUT.h5 ["labels=NAME:UNIT,..."]    SOURCE and its RAW: below
     python data.py info FILE.h5                       what to know of a file before training on it
     python data.py sample FILE.h5 OUT.h5 num=2000 seed=1
     python data.py rotors FILE.h5 [RAW] OUT.h5        the file with its rotatable bonds, for objective=frad
@@ -8,7 +8,8 @@
     qm9       qm9pack-1.0.3-py3-none-any.whl | dsgdb9nsd.xyz.tar.bz2  [+ uncharacterized.txt]
     pcqm4mv2  pcqm4m-v2-train.sdf.tar.gz | pcqm4m-v2_xyz.zip
     md17 md22 rmd17   *.npz          sdf   *.sdf[.gz] (rdkit)          xyz   *.xyz, extended (ase)
-Several RAW (not qm9, pcqm4mv2): the stem of each file becomes a named split.
+Several RAW (not qm9, pcqm4mv2): the stem of each file becomes a named split. labels= reads further numbers, such as
+"labels=logS:log mol/L,gap:eV": tags of an SDF, entries of an xyz comment, arrays of an npz with one number a frame.
 
 formats/schema.py tells what a file holds, formats/sources.py and formats/write.py make one.
 """
@@ -60,12 +61,13 @@ class Molecules:
     def sha256(self):
         return sha256(self.path)
 
-    def split(self, name):
-        """Indices of a named split of the file, or of all molecules if name is empty."""
+    def split(self, name, label=""):
+        """Indices of a named split of the file, or of all molecules if name is empty; those whose y/label is known."""
         if name and name not in self.splits:
             has = ", ".join(self.splits) or "none"
             raise InputError(f"split = {name}: {self.path} has no such split, it has {has}", code=2)
-        return self.splits[name] if name else np.arange(len(self))
+        index = self.splits[name] if name else np.arange(len(self))
+        return index[~np.isnan(self.label(label)[index])] if f"y/{label}" in self.places else index
 
     @property
     def ids(self):
@@ -92,9 +94,8 @@ class Molecules:
         z = self._atoms("z", np.uint8, [(0, int(self.ptr[-1]))])
         highest = np.maximum.reduceat(z, self.ptr[:-1])[index].max()
         if max_z <= highest <= 118:  # reading refuses what is no element
-            raise InputError(
-                f"{self.path} holds atomic number {highest}, model.max_z = {max_z}: set it above {highest}"
-            )
+            told = f"{self.path} holds atomic number {highest}, model.max_z = {max_z}"
+            raise InputError(f"{told}: set it above {highest}")
 
     def read(self, index, forces=False):
         """Molecules in the order of index (B,) -> dict of z (N,) int64, pos (N, 3) Å, batch (N,), forces (N, 3)."""
@@ -177,11 +178,12 @@ def qm9_splits(num):
     return dict(zip(sizes, split_indices(num, sizes.values()))) if num > 120_000 else {}
 
 
-def choose(molecules, split, size, name):
-    """Draw size molecules of a split (0: all). config.seed does not change the draw. name: the setting, for errors."""
-    index = molecules.split(split)
+def choose(molecules, split, size, name, label=""):
+    """Draw size molecules (0: all; name: its setting) of a split, whose label is known; config.seed changes nothing."""
+    index = molecules.split(split, label)
     if size > len(index):
-        raise InputError(f"{name} = {size}: there are {len(index)} in {split or molecules.path}", code=2)
+        known = f" with a known {label}" if label else ""
+        raise InputError(f"{name} = {size}: there are {len(index)} in {split or molecules.path}{known}", code=2)
     return index[split_indices(len(index), [size or len(index), None])[0]]
 
 
@@ -210,11 +212,10 @@ class StepBatches(torch.utils.data.Dataset):
         self.molecules, self.index = molecules, np.asarray(index, dtype=np.int64)
         self.batch_size, self.seed, self.rank, self.world, self.accumulate = batch_size, seed, rank, world, accumulate
         if batch_size < 1 or batch_size % (world * accumulate):
-            message = f"batch_size {batch_size} must be a multiple of ranks x accumulate = {world} x {accumulate}"
-            raise InputError(message, code=2)
+            parts = f"ranks x accumulate = {world} x {accumulate}"
+            raise InputError(f"batch_size {batch_size} must be a multiple of {parts}", code=2)
         if batch_size > len(self.index):
-            message = f"batch_size {batch_size} is more than the {len(self.index)} molecules to choose from"
-            raise InputError(message, code=2)
+            raise InputError(f"batch_size {batch_size} is more than the {len(self.index)} molecules", code=2)
         self.steps_per_epoch = len(self.index) // batch_size
         self._epoch = self._order = None
 
@@ -245,8 +246,9 @@ def main(argv):
     from formats.sources import SOURCES  # training does not need them
     from formats.write import convert, info, sample
 
-    usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 (SOURCE: {' '.join(SOURCES)}), or info FILE.h5, or "
-    usage += "sample FILE.h5 OUT.h5 num=2000 seed=1; --help says more"
+    usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...] (SOURCE: {' '.join(SOURCES)}), "
+    usage += "or info FILE.h5, or sample FILE.h5 OUT.h5 num=2000 seed=1; --help says more"
+    end = next((k for k, word in enumerate(argv) if word.startswith("labels=")), len(argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped cleans up as Ctrl-C does
     match argv:
         case ["info", path]:
@@ -257,8 +259,8 @@ def main(argv):
             from beyond.rotors import add_rotors
 
             add_rotors(path, out, *raw)
-        case [source, *raws, out] if source in SOURCES and raws:
-            convert(source, raws, out, qm9_splits)
+        case [source, *_] if source in SOURCES and end > 2:  # a unit with blanks may have lost its quotes
+            convert(source, argv[1 : end - 1], argv[end - 1], qm9_splits, " ".join(argv[end:]))
         case _:
             raise InputError(usage, code=2)
 

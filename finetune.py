@@ -46,7 +46,6 @@ from pretrain import learning_rate as cosine_rate
 
 # ---------------------------------------------------------------- settings and targets
 
-
 HEADS = {"scalar": EquivariantScalar, "dipole": EquivariantDipoleMoment, "extent": ElectronicSpatialExtent}
 HEAD_OF = {"mu": "dipole", "r2": "extent"}  # all other targets: scalar, a sum over the atoms
 # targets that grow with the molecule get a reference for each element, orbital energies none (torchmd-net #64)
@@ -69,6 +68,7 @@ class FinetuneConfig:
     seed: int = setting(1, low=0)  # weights and order; the split does not depend on it
 
     init_from: str = ""  # empty: from scratch
+    init_key: str = ""  # which of several networks in init_from
     freeze_encoder: bool = False  # linear probing, Sec. 5.3
     pooling: str = setting("mean", choices=("mean", "sum"))  # PAPER-SILENT: of a probe's features
     head: str = setting("auto", choices=("auto", *HEADS), probe=False)
@@ -111,6 +111,8 @@ class FinetuneConfig:
         for known in fields(self) if self.freeze_encoder else ():
             if not known.metadata.get("probe", True) and getattr(self, known.name) != known.default:
                 raise ValueError(f"freeze_encoder = true: a linear probe has no {known.name}, leave it out")
+        if self.freeze_encoder and self.target == "energy_forces":
+            raise ValueError("freeze_encoder = true: a linear probe predicts a label, name one as the target")
         if self.freeze_encoder and self.lr_schedule == "plateau":
             raise ValueError("freeze_encoder = true: the schedule of a linear probe is cosine or cosine_warmup")
 
@@ -144,19 +146,20 @@ def plateau_rate(lr, plateau, score, config):
 
 
 def split_data(config, molecules):
-    """-> indices of the training and the validation molecules, and {name: indices} of the test sets; all disjoint."""
-    pool, sizes, parts = molecules.split(config.train_split), {"train": config.train_size}, {}  # sizes: from the pool
+    """-> indices to train and to validate, and {name: indices} of the test sets; disjoint, and with known labels."""
+    label, sizes, parts = config.target, {"train": config.train_size}, {}  # sizes: from the pool
+    pool = molecules.split(config.train_split, label)
     if config.val_split in ("", config.train_split):
         sizes["val"] = config.val_size
     else:
-        parts["val"] = choose(molecules, config.val_split, config.val_size, "val_size")
+        parts["val"] = choose(molecules, config.val_split, config.val_size, "val_size", label)
     if not config.test_split:
         sizes["test"] = config.test_size
     if len(rest := [f"{name}_size" for name, size in sizes.items() if size == 0]) > 1:
         raise InputError(f"{' and '.join(rest)} are 0: only one part can take what the others leave over", code=2)
     if sum(sizes.values()) + len(rest) > len(pool):
         asked = ", ".join(f"{name}_size = {size}" for name, size in sizes.items())
-        raise InputError(f"{asked}: {molecules.path} has {len(pool)} molecules for these", code=2)
+        raise InputError(f"{asked}: {molecules.path} has {len(pool)} molecules for these, {label} known", code=2)
     drawn = split_indices(len(pool), [size or None for size in sizes.values()] + ([] if rest else [None]))
     parts |= {name: pool[part] for name, part in zip(sizes, drawn, strict=False)}
     train, val = parts.pop("train"), parts.pop("val")
@@ -164,7 +167,7 @@ def split_data(config, molecules):
         key = f"test_{name}" if name in ("train", "val") else name  # beside a training part or validation part of ours
         if key in parts or not name:
             raise InputError(f"test_split = {config.test_split}: a name is empty, or two become {key}", code=2)
-        parts[key] = choose(molecules, name, config.test_size, "test_size")
+        parts[key] = choose(molecules, name, config.test_size, "test_size", label)
     together = np.concatenate([train, val, *parts.values()])
     if len(np.unique(together)) < len(together):
         raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
@@ -175,23 +178,15 @@ def head_of(config):
     return HEAD_OF.get(config.target, "scalar") if config.head == "auto" else config.head
 
 
-def check_target(config, molecules):
-    """Refuse a target that the file does not have."""
-    if not config.target:
-        raise InputError("target is not set: energy_forces, or a label of the file", code=2)
-    forces = config.target == "energy_forces"
-    if forces and "forces" not in molecules.units:
-        raise InputError(f"target = energy_forces, but {molecules.path} has no forces", code=2)
-    if forces and config.freeze_encoder:
-        raise InputError("freeze_encoder = true: a linear probe predicts a label, name one as the target", code=2)
-
-
 class Labels:
     """A label in the file's unit, and y' = (y - references - mean) / std; the three from the training molecules."""
 
     def __init__(self, config, molecules, train, others, max_z):
-        check_target(config, molecules)
+        if not config.target:
+            raise InputError("target is not set: energy_forces, or a label of the file", code=2)
         self.forces = config.target == "energy_forces"
+        if self.forces and "forces" not in molecules.units:
+            raise InputError(f"target = energy_forces, but {molecules.path} has no forces", code=2)
         self.name = "energy" if self.forces else config.target
         self.raw = molecules.label(self.name)  # (M,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
@@ -496,6 +491,9 @@ def finetune(config, run):
     train, val, tests = split_data(config, molecules)
     parts = {"train": train, "val": val, **tests}
     sizes = {name: len(index) for name, index in parts.items()}
+    names = dict.fromkeys([config.train_split, *filter(None, [config.val_split, *config.test_split.split(",")])])
+    lost = {name: len(molecules.split(name)) - len(molecules.split(name, config.target)) for name in names}
+    lost = ", ".join(f"{num:,} of {name or 'all'}" for name, num in lost.items() if num)
     ranks, forces = (run.rank, run.world), config.target == "energy_forces"
     batches = StepBatches(molecules, train, config.batch_size, config.seed, *ranks, config.accumulate, forces)
 
@@ -528,6 +526,7 @@ def finetune(config, run):
         f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}",
         f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit}, {labels.remark}",
         encoder_line,
+        *([f"left out: {lost}: {config.target} unknown"] if lost else []),
         f"{num_parameters(module):,} parameters",
     )
     if config.freeze_encoder:

@@ -46,6 +46,7 @@ class LipschitzConfig:
     position_noise_scale: float = setting(0.0, low=0, below=10.0)
     seed: int = setting(0, low=0)  # of directions and noise
     out_dir: str = "out/lipschitz"
+    init_key: str = ""  # which of several networks in a checkpoint
     model: ModelConfig = field(default_factory=ModelConfig)  # of a TorchMD-NET or Coord state dict; ours bring theirs
 
     def __post_init__(self):
@@ -280,8 +281,7 @@ def summarise(found):
 
 def table(results):
     """Lines of the table, an encoder a row."""
-    steps = list(next(iter(results.values()))["llc"])
-    what = "LLC, 1/angstrom"
+    steps, what = list(next(iter(results.values()))["llc"]), "LLC, 1/angstrom"
     width = max(map(len, [what, *results])) + 2
     head = "".join(f"{f'median {step}':>12}{f'p95 {step}':>10}" for step in steps)
     yield f"{what:<{width}}{head}{'max':>10}{'LLC/|h|':>10}{'standard.':>10}{'not finite':>12}"
@@ -330,7 +330,7 @@ def main(arguments):
     made_by, began = provenance(device), time.perf_counter()
     molecules = Molecules(config.data)
     index = choose(molecules, config.split, config.num_molecules, "num_molecules")
-    encoders = {name: read_encoder(path, config.model)[0] for name, path in zip(names, paths, strict=True)}
+    encoders = {name: read_encoder(path, config.model, config.init_key)[0] for name, path in zip(names, paths)}
     molecules.check_elements(index, min(encoder.config.max_z for encoder in encoders.values()))
     found = {name: measure(encoder, molecules, index, config, device) for name, encoder in encoders.items()}
     print("\n".join(table(found)))

@@ -9,7 +9,7 @@ and, where known, license and attribution.
     id            int64 (M,)       the source's own index
     energy        float64 (M,)     attribute unit
     forces        float32 (A, 3)   attribute unit; -dE/dpos
-    y/<name>      float64 (M,)     attribute unit; one per property
+    y/<name>      float64 (M,)     attribute unit; one per property; NaN: unknown
     split/<name>  int64 (n,)       molecules of a split that the source brings along; all of QM9: train, val, test
     rotor/...                      rotatable bonds, where `python data.py rotors` added them: beyond/rotors.py
 
@@ -74,10 +74,8 @@ def read_contents(path):
 def read_units(file, num_molecules, num_atoms):
     """-> {label: unit}, {dataset: its place in the file} of every dataset of atoms and of labels."""
     expected = {"z": ("uint8", (num_atoms,)), "pos": ("float32", (num_atoms, 3)), "id": ("int64", (num_molecules,))}
-    if "energy" in file:
-        expected["energy"] = ("float64", (num_molecules,))
-    if "forces" in file:
-        expected["forces"] = ("float32", (num_atoms, 3))
+    labels = {"energy": ("float64", (num_molecules,)), "forces": ("float32", (num_atoms, 3))}
+    expected |= {name: like for name, like in labels.items() if name in file}
     properties = file.get("y", ())
     if taken := {"energy", "forces"} & set(properties):
         raise InputError(f"{file.filename}: dataset y/{min(taken)} has the name of the one without y/: rename it")
@@ -153,6 +151,6 @@ def flaw(z, pos, labels):
         return "numbers of elements, coordinates and forces that differ"
     if found := first_flaw(z, pos, np.zeros(len(z), dtype=np.int64)):
         return found[1]
-    if not all(np.isfinite(value).all() for value in labels.values()):
+    if any(not np.isfinite(v).all() for name, v in labels.items() if not (name.startswith("y/") and np.isnan(v))):
         return "a label that is not finite"
     return ""

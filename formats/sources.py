@@ -1,7 +1,8 @@
 """Raw files of each source -> molecules, one after another.
 
 A molecule on its way is a dict: id, z (n,), pos (n, 3) Å, labels {dataset: value}, split (names); one that cannot be
-used is {id, skip: cause}. notes (texts) are counted and printed when it is written.
+used is {id, skip: cause}. notes (texts) are counted and printed when it is written. tags {name: number} are what
+else is said of it: labels= makes labels of them.
 """
 
 import bz2
@@ -10,6 +11,7 @@ import gzip
 import io
 import itertools
 import lzma
+import math
 import os
 import re
 import tarfile
@@ -17,6 +19,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,24 +32,15 @@ HAR2EV = 27.211386246  # eV per Hartree
 SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y
 Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
 Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
+NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity)\s*", re.I)
+SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n(.*)$(?!\n *[^>\s])", re.M)  # its name, and its value of one line
 ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
-QM9_LABELS = (  # name and unit here, column in qm9pack; in the order of the xyz comment line
-    ("A", "GHz", "RotA_GHz"),
-    ("B", "GHz", "RotB_GHz"),
-    ("C", "GHz", "RotC_GHz"),
-    ("mu", "D", "Dipole_debye"),
-    ("alpha", "a0^3", "Polarizability_bohr3"),
-    ("homo", "eV", "HOMO_au"),
-    ("lumo", "eV", "LUMO_au"),
-    ("gap", "eV", "HOMO_LUMO_gap_au"),
-    ("r2", "a0^2", "R2_bohr2"),
-    ("zpve", "eV", "ZPVE_au"),
-    ("U0", "eV", "InternalEnergy_0K_au"),
-    ("U", "eV", "InternalEnergy_298K_au"),
-    ("H", "eV", "Enthalphy_298K_au"),  # sic
-    ("G", "eV", "GibbsFreeEnergy_298K_au"),
-    ("Cv", "cal/mol/K", "Heatcapacity_Cv_cal_mol_K"),
-)
+# QM9's labels in the order of the xyz comment line: name and unit here, column in qm9pack (with its misspelling)
+QM9_LABELS = """A GHz RotA_GHz, B GHz RotB_GHz, C GHz RotC_GHz, mu D Dipole_debye,
+alpha a0^3 Polarizability_bohr3, homo eV HOMO_au, lumo eV LUMO_au, gap eV HOMO_LUMO_gap_au, r2 a0^2 R2_bohr2,
+zpve eV ZPVE_au, U0 eV InternalEnergy_0K_au, U eV InternalEnergy_298K_au, H eV Enthalphy_298K_au,
+G eV GibbsFreeEnergy_298K_au, Cv cal/mol/K Heatcapacity_Cv_cal_mol_K"""
+QM9_LABELS = [label.split() for label in QM9_LABELS.split(",")]
 
 
 # ---------------------------------------------------------------- containers
@@ -66,8 +60,12 @@ def open_raw(path):
     return next((opener for key, opener in openers.items() if magic.startswith(key)), open)(path, "rb")
 
 
-def tar_members(path):
-    """(name, file object) of each file of a tar archive, in one pass."""
+def files_in(path):
+    """(name, file object) of each file of a tar archive, in one pass; of another file itself."""
+    if ".tar" not in path.suffixes:
+        with open_raw(path) as file:
+            yield path.name, file
+        return
     with open_raw(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tar:
             if member.isfile():
@@ -116,6 +114,11 @@ def number(text):
     return float(text.replace("*^", "e"))
 
 
+def numbers(said):
+    """{name: value} -> {name: float} of the values that are one number; True and arrays are none."""
+    return {name: float(str(value)) for name, value in said.items() if NUMBER.fullmatch(str(value))}
+
+
 def xyz_atoms(rows):
     """Rows [symbol, x, y, z, ...] -> z (n,) int64, pos (n, 3) float64; an unknown symbol is 0."""
     z = np.array([ATOMIC_NUMBER.get(row[0], 0) for row in rows], dtype=np.int64)
@@ -139,13 +142,15 @@ def parse_xyz(items):
     return molecules
 
 
-def parse_sdf(items):
-    """[(id, SDF block)] -> molecules, hydrogens kept."""
+def parse_sdf(items, titled):
+    """[(id, SDF block)] -> molecules, hydrogens kept; titled: a title that is a number is the id."""
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")
     molecules = []
     for key, block in items:
+        title = block.partition("\n")[0].strip()
+        key = int(title) if titled and re.fullmatch(r"\d{1,18}", title) else key
         # Unsanitized: charges and valences do not matter here, and RDKit's opinion of them would cost molecules.
         mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False, strictParsing=False)
         if mol is None:
@@ -155,8 +160,9 @@ def parse_sdf(items):
         else:
             z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
             pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
-            notes = {f"not read: tag {tag}" for tag in re.findall(r"^>.*<(.+)>.*\n[-+.\d]", block, re.M)}
-            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "notes": notes})
+            tags = numbers(dict(SDF_TAG.findall(block)))
+            notes = {f"not read: {name}" for name in tags}
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "notes": notes, "tags": tags})
     return molecules
 
 
@@ -194,7 +200,7 @@ def read_qm9_wheel(raw):
 
 
 def read_qm9_tar(raw):
-    for name, file in tar_members(raw):
+    for name, file in files_in(raw):
         if name.endswith(".xyz"):
             lines = file.read().decode().splitlines()
             try:
@@ -233,32 +239,25 @@ def read_qm9(*raws):
 
 
 def read_pcqm4mv2(raw):
-    """The SDF in its tar.gz (id: place in the file, OGB's index) or the zip of xyz files (id: name of the file)."""
-    if raw.suffix == ".zip":
-        with zipfile.ZipFile(raw) as archive:
-            names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
-            for k, (stem, _) in enumerate(names):
-                if not stem.isdecimal():
-                    yield {"id": k, "skip": "the file's name is no number"}
-            names = sorted((int(stem), name) for stem, name in names if stem.isdecimal())
-            yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
+    """The SDF or its tar.gz (id: place in the file, OGB's index), or the zip of xyz files (id: name of the file)."""
+    if raw.suffix != ".zip":
+        yield from read_sdf(raw, titled=False)
         return
-    need("rdkit.Chem", "reading SDF")
-    if ".tar" not in raw.suffixes:  # unpacked by hand
-        with open_raw(raw) as file:
-            yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
-        return
-    for name, file in tar_members(raw):
-        if name.endswith(".sdf"):
-            yield from parallel(parse_sdf, enumerate(sdf_blocks(file)))
+    with zipfile.ZipFile(raw) as archive:
+        names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
+        for k, (stem, _) in enumerate(names):
+            if not stem.isdecimal():
+                yield {"id": k, "skip": "the file's name is no number"}
+        names = sorted((int(stem), name) for stem, name in names if stem.isdecimal())
+        yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
 
 
-def read_sdf(raw):
-    """A plain or compressed SDF; id: the title line where it is a number, else the place in the file."""
+def read_sdf(raw, titled=True):
+    """An SDF, plain, compressed or in a tar; id: the title where it is a number, else the place in the file."""
     need("rdkit.Chem", "reading SDF")
-    with open_raw(raw) as file:
-        titled = ((block.partition("\n")[0].strip(), k, block) for k, block in enumerate(sdf_blocks(file)))
-        yield from parallel(parse_sdf, ((int(t) if re.fullmatch(r"\d{1,18}", t) else k, b) for t, k, b in titled))
+    for name, file in files_in(raw):
+        if name.endswith(".sdf") or ".tar" not in raw.suffixes:
+            yield from parallel(partial(parse_sdf, titled=titled), enumerate(sdf_blocks(file)))
 
 
 KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
@@ -297,8 +296,13 @@ def read_npz(raw, keys, index=None):
         notes = {f"not read: {key}" for key in arrays if LABEL.search(key) and key not in keys}
         z, pos, energy, forces = (arrays[key] for key in keys)
         ids = arrays[index] if index else np.arange(len(pos))
+        columns, one_each = {}, ((len(ids),), (len(ids), 1))
+        for key in set(arrays) - {*keys}:
+            with suppress(ValueError):  # of objects
+                columns[key] = arrays[key]
+        columns = {k: a.ravel() for k, a in columns.items() if a.shape in one_each and a.dtype.kind in "iuf"}
     shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
-    if not shapes or energy.shape not in ((len(ids),), (len(ids), 1)):
+    if not shapes or energy.shape not in one_each:
         said = ", ".join(f"{key} {a.shape}" for key, a in zip(keys, (z, pos, energy, forces)))
         raise InputError(f"{raw}: shapes that do not fit each other: {said}")
     if z.dtype.kind not in "iu" or any(values.dtype.kind not in "iuf" for values in (pos, energy, forces, ids)):
@@ -306,15 +310,17 @@ def read_npz(raw, keys, index=None):
     with np.errstate(invalid="ignore"):
         if (ids != ids.astype(np.int64)).any():
             raise InputError(f"{raw}: {index} must be whole numbers")
-    for key, frame, e, f in zip(ids, pos, energy.reshape(-1), forces):
-        labels = {"energy": float(e), "forces": f}
-        yield {"id": int(key), "z": z.astype(np.int64), "pos": frame, "labels": labels, "notes": notes}
+    for k, key in enumerate(ids):
+        labels = {"energy": float(energy.flat[k]), "forces": forces[k]}
+        tags = {name: float(values[k]) for name, values in columns.items() if not np.isnan(values[k])}
+        mol = {"id": int(key), "z": z.astype(np.int64), "pos": pos[k], "labels": labels}
+        yield mol | {"notes": notes, "tags": tags}
 
 
-def xyz_labels(key, atoms, levels):
-    """-> labels of frame `key`, names of look-alikes that are not read; a ValueError where labels are not clear.
+def xyz_labels(key, atoms, levels, forces):
+    """-> labels, notes and tags of frame `key`; a ValueError where labels are not clear.
 
-    levels: the set of those that the frames so far had, REF_ or plain; a file is of one.
+    levels: the set of those that the frames so far had, REF_ or plain; a file is of one. forces: whether it has any.
     """
     stated, plain = atoms.info | atoms.arrays, dict(atoms.calc.results if atoms.calc else {})
     known = {k.removeprefix("REF_"): v for k, v in stated.items() if k in ("REF_energy", "REF_forces")}
@@ -326,21 +332,26 @@ def xyz_labels(key, atoms, levels):
         raise ValueError(f"the energy of frame {key} is {found['energy']}")
     labels = {name: float(v) if name == "energy" else np.asarray(v, dtype=np.float64) for name, v in found.items()}
     read = {f"REF_{name}" for name in EV} if known else EV.keys()
-    return labels, {f"not read: {name}" for name in stated | plain if LABEL.search(name) and name not in read}
+    notes = {f"not read: {name}" for name in stated | plain if LABEL.search(name) and name not in read}
+    if forces and len(atoms) == 1 and labels.keys() == {"energy"}:
+        labels["forces"] = np.zeros((1, 3))
+        notes |= {"force on a lone atom set to 0"}
+    return {"labels": labels, "notes": notes, "tags": numbers(atoms.info | plain)}
 
 
 def read_xyz(raw, labelled=True):
     """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
     ase, levels = need("ase.io", "reading extended xyz"), set()
+    with open_raw(raw) as file:
+        forces = labelled and any(re.search(rb":(REF_)?forces:R:3", line) for line in file)
     with io.TextIOWrapper(open_raw(raw)) as file:
         for key, atoms in enumerate(ase.iread(file, index=":", format="extxyz")):
             if atoms.pbc.any():
                 yield {"id": key, "skip": "periodic: not a molecule"}
                 continue
             check_units(atoms.info, "eV", f"{raw}: frame {key}")
-            labels, notes = xyz_labels(key, atoms, levels) if labelled else ({}, set())
-            mol = {"id": key, "z": atoms.numbers, "pos": atoms.positions, "labels": labels, "notes": notes}
-            yield mol | {"atoms": atoms}
+            labels = xyz_labels(key, atoms, levels, forces) if labelled else {"labels": {}}
+            yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "atoms": atoms} | labels
         if any(line.strip() for line in file):  # ase stops at a blank line
             raise ValueError("a blank line between molecules: remove it")
 
@@ -368,6 +379,30 @@ CREDIT = {  # name, license, attribution
 def stem(path):
     """md17_aspirin.npz -> md17_aspirin, DFT.sdf.gz -> DFT."""
     return Path(path.name.removesuffix(".gz")).stem
+
+
+def parse_labels(text):
+    """labels=NAME:UNIT,NAME:UNIT -> {dataset: (name, unit)}; a slash in a name becomes _, HDF5 would make a folder."""
+    entries = [entry.rpartition(":") for entry in text.removeprefix("labels=").split(",")] if text else []
+    asked = {f"y/{name.strip().replace('/', '_')}": (name.strip(), unit.strip()) for name, _, unit in entries}
+    if len(asked) < len(entries) or not all(all(pair) and "".join(pair).isprintable() for pair in asked.values()):
+        raise InputError(f"{text!r}: write labels=NAME:UNIT,NAME:UNIT, each name once, with its unit", code=2)
+    if taken := asked.keys() & {f"y/{name}" for name in EV}:
+        raise InputError(f"{text}: {min(taken)[2:]} has a dataset of its own, name it otherwise in the source", code=2)
+    return asked
+
+
+def with_labels(molecules, asked):
+    """Molecules whose tags that are asked for are labels, NaN where they have none; a name that none has is refused."""
+    there, unread = set(), {f"not read: {name}" for name, _ in asked.values()}
+    for mol in molecules:
+        tags = mol.get("tags", {})
+        there |= tags.keys()
+        labels = {dataset: tags.get(name, math.nan) for dataset, (name, _) in asked.items()}
+        yield mol | {"labels": mol.get("labels", {}) | labels, "notes": {*mol.get("notes", ())} - unread}
+    if missing := [name for name, _ in asked.values() if name not in there]:
+        known = ", ".join(sorted(there - {"energy", "REF_energy"})) or "none"
+        raise InputError(f"labels: no molecule has a number under {missing[0]}; there are: {known}", code=2)
 
 
 def read_source(source, raws):

@@ -3,25 +3,32 @@
 import re
 from dataclasses import asdict, replace
 
-from harness.errors import explain
+from harness.errors import InputError, explain
 from harness.settings import build_config
 from harness.weights import read_torch
 from model import ModelConfig, new_encoder
 
+EMBEDDING = re.compile(r"(.*(?<!neighbor_embedding)\.)?embedding\.weight")  # every encoder has one
 WRAPPERS = re.compile(r"\b(module|_orig_mod)\.")  # of DataParallel and torch.compile
 
 
-def load_representation(encoder, state_dict):
+def load_representation(encoder, state_dict, init_key=""):
     """Load TorchMD-NET's or our own encoder weights by name; a ValueError names every key that does not fit.
 
-    Takes a bare encoder's state dict, or a whole TorchMD-NET / Coord model's, of which `representation_model.*` is
-    used. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
+    Takes a bare encoder's state dict, or a whole model's, with the encoder under any prefix; of several init_key names
+    one, with or without `representation_model`. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
     """
-    prefix = "representation_model."
-    if owners := {key.split(prefix)[0] for key in state_dict if prefix in key}:
-        if len(owners) > 1:
-            raise ValueError(f"it holds several networks, under {', '.join(map(repr, sorted(owners)))}: save one apart")
-        state_dict = {key.split(prefix, 1)[1]: value for key, value in state_dict.items() if prefix in key}
+    owners = {key.removesuffix("embedding.weight") for key in state_dict if EMBEDDING.fullmatch(key)}
+    names = {owner: owner.removesuffix("representation_model.").rstrip(".") or "." for owner in owners}
+    asked = WRAPPERS.sub("", f"{init_key}.").rstrip(".") or "."
+    chosen = [owner for owner, name in names.items() if not init_key or asked in (name, owner.rstrip("."))]
+    if len(chosen) != 1 and (owners or init_key):
+        said = f"no network {init_key!r}" if init_key else "several networks"
+        raise ValueError(f"it holds {said}: name one of {', '.join(sorted(names.values()))} with init_key=")
+    for owner in chosen:
+        others = tuple(other for other in owners if len(other) > len(owner))
+        inside = [key for key in state_dict if key.startswith(owner) and not key.startswith(others)]
+        state_dict = {key.removeprefix(owner): state_dict[key] for key in inside}
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith("distance.")}
     ours = encoder.state_dict()
     faults = [f"{key} unexpected" for key in state_dict if key not in ours]
@@ -36,10 +43,11 @@ def load_representation(encoder, state_dict):
     encoder.load_state_dict(state_dict)
 
 
-def read_encoder(path, model):
+def read_encoder(path, model, init_key=""):
     """-> the encoder in a checkpoint, and how many tensors there are beside it.
 
     encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
+    Of several networks in it init_key names one.
     """
     content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
     state_dict = {WRAPPERS.sub("", str(key)): value for key, value in content.get("state_dict", content).items()}
@@ -51,11 +59,8 @@ def read_encoder(path, model):
             vector_cutoff = model.vector_cutoff
             model = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
             model = replace(model, vector_cutoff=model.vector_cutoff or vector_cutoff)
-            own = ("encoder.", "model.encoder.")  # of pretrain.py, of finetune.py
-            inner = {k.split("encoder.", 1)[1]: v for k, v in state_dict.items() if k.startswith(own)}
-            state_dict = inner or state_dict
         encoder = new_encoder(model)
-        load_representation(encoder, state_dict)
+        load_representation(encoder, state_dict, init_key)
     return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
 
 
@@ -66,11 +71,13 @@ def make_encoder(config, checkpoint):
             own = build_config(ModelConfig, checkpoint["config"]["model"])
         own = replace(own, vector_cutoff=own.vector_cutoff or config.model.vector_cutoff)
         return new_encoder(own), f"encoder: of last.pt at step {checkpoint['step']:,}"
+    if config.init_key and not config.init_from:
+        raise InputError("init_key names a network in init_from, which is not set", code=2)
     if not config.init_from:
         with explain("a model of this size cannot be made", RuntimeError):
             encoder = new_encoder(config.model)
         return encoder, f"encoder: from scratch, seed {config.seed}; fresh: all {len(encoder.state_dict())} tensors"
-    encoder, rest = read_encoder(config.init_from, config.model)
+    encoder, rest = read_encoder(config.init_from, config.model, config.init_key)
     brought = asdict(encoder.config).items() - asdict(config.model).items()
     by_file = ", ".join(f"{key}={value}" for key, value in sorted(brought)) or "as configured"
     return encoder, (

@@ -1,6 +1,7 @@
 """Molecules -> one HDF5 file, whole or not at all; a random sample of a file; what to know of a file."""
 
 import os
+import shlex
 import tempfile
 import time
 from array import array
@@ -13,9 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.schema import SCHEMA, distances, flaw, pairs, read_contents
-from formats.sources import EV, SOURCES, SYMBOLS, credit, read_source, stem
+from formats.sources import EV, SOURCES, SYMBOLS, credit, parse_labels, read_source, stem, with_labels
 from harness.errors import InputError
 from harness.files import check_file, check_new, sha256
+
+DTYPES = {"z": "uint8", "pos": "float32", "forces": "float32", "id": "int64", "ptr": "int64"}  # of labels: float64
 
 
 def as_stored(mol):
@@ -23,10 +26,8 @@ def as_stored(mol):
     if "skip" in mol:
         return mol
     with np.errstate(over="ignore"):
-        pos, labels = np.ascontiguousarray(mol["pos"], dtype=np.float32), dict(mol["labels"])
-        if "forces" in labels:
-            labels["forces"] = np.ascontiguousarray(labels["forces"], dtype=np.float32)
-    return mol | {"pos": pos, "labels": labels}
+        labels = {name: np.asarray(v, DTYPES.get(name, "float64")) for name, v in mol["labels"].items()}
+        return mol | {"pos": np.asarray(mol["pos"], "float32"), "labels": labels}
 
 
 def unfit(mol):
@@ -37,54 +38,46 @@ def unfit(mol):
 
 
 class Columns:
-    """Collects the datasets of a file. Atoms go to disk; 8 bytes for each molecule and label stay in memory."""
+    """Collects the datasets of a file, each in a file of its own in folder, so that memory does not grow."""
 
     def __init__(self, folder, stack):
-        files = {name: open(f"{folder}/{name}", "w+b") for name in ("z", "pos", "forces")}  # noqa: SIM115
-        self.atoms = {name: stack.enter_context(file) for name, file in files.items()}
-        self.molecules = {"id": array("q"), "ptr": array("q", [0])}
-        self.splits, self.labels = {}, None
+        self.folder, self.stack, self.parts, self.splits, self.labels = folder, stack, {}, {}, None
+        self.num_molecules = self.num_atoms = 0
+        self.add(ptr=0)
+
+    def add(self, **values):
+        """Write values (n, ...) to the ends of datasets, by name."""
+        for name, value in values.items():
+            if name not in self.parts:
+                self.parts[name] = self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115
+            self.parts[name].write(np.asarray(value, DTYPES.get(name, "float64")).tobytes())
 
     def append(self, mol, source):
         """Take a molecule; all must have the labels of the first."""
         names = sorted(mol["labels"])
-        if self.labels is None:
-            self.labels = names
-            self.molecules |= {name: array("d") for name in names if name != "forces"}
+        self.labels = names if self.labels is None else self.labels
         if names != self.labels:
             have, before = (" and ".join(some) or "no labels" for some in (names, self.labels))
             which = f"molecule {mol['id']} of {' '.join(mol.get('split', ())) or source}"
             raise InputError(f"{which} has {have}, those before it {before}: convert them apart")
         for name in mol.get("split", ()):
             self.splits.setdefault(name, array("q")).append(self.num_molecules)
-        self.molecules["id"].append(mol["id"])
-        self.molecules["ptr"].append(self.num_atoms + len(mol["z"]))
-        self.atoms["z"].write(mol["z"].astype(np.uint8).tobytes())
-        self.atoms["pos"].write(mol["pos"].tobytes())
-        for name, value in mol["labels"].items():
-            if name == "forces":
-                self.atoms[name].write(value.tobytes())
-            else:
-                self.molecules[name].append(value)
+        self.num_molecules += 1
+        self.num_atoms += len(mol["z"])
+        self.add(id=mol["id"], ptr=self.num_atoms, z=mol["z"], pos=mol["pos"], **mol["labels"])
 
-    @property
-    def num_molecules(self):
-        return len(self.molecules["id"])
-
-    @property
-    def num_atoms(self):
-        return self.molecules["ptr"][-1]
-
-    def assemble(self, path, attrs, units):
-        """Write the file."""
+    def assemble(self, path, attrs, units, rows=1 << 20):
+        """Write the file, a million rows at a time."""
         with h5py.File(path, "w") as file:
             file.attrs.update({"schema": SCHEMA, "length_unit": "angstrom"} | attrs)
-            for name, part in self.atoms.items():
-                if name != "forces" or name in self.labels:
-                    shape, dtype = ((self.num_atoms,), "uint8") if name == "z" else ((self.num_atoms, 3), "float32")
-                    copy_part(part, file.create_dataset(name, shape, dtype))
-            for name, values in self.molecules.items():
-                file[name] = np.frombuffer(values, dtype="float64" if values.typecode == "d" else "int64")
+            for name, part in self.parts.items():
+                dtype = np.dtype((DTYPES.get(name, "float64"), 3 if name in ("pos", "forces") else ()))  # of a row
+                num = part.tell() // dtype.itemsize
+                dataset = file.create_dataset(name, (num, *dtype.shape), dtype.base)
+                part.seek(0)
+                for start in range(0, num, rows):
+                    piece = np.frombuffer(part.read(rows * dtype.itemsize), dtype.base)
+                    dataset[start : start + rows] = piece.reshape(-1, *dtype.shape)
             for name, values in self.splits.items():
                 file[f"split/{name}"] = np.asarray(values, dtype="int64")
             for name in self.labels:
@@ -106,6 +99,7 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
             else:
                 columns.append(mol, attrs["source"])
                 notes.update(mol.get("notes", ()))
+                notes.update(f"{name[2:]} unknown" for name, v in mol["labels"].items() if np.isnan(v).any())
         if columns.num_molecules == 0:
             why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
             raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
@@ -114,15 +108,6 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
         columns.assemble(f"{folder}/out.h5", attrs, units)
         os.replace(f"{folder}/out.h5", out)
     return columns.num_molecules, columns.num_atoms, skipped, notes
-
-
-def copy_part(part, dataset, rows=1 << 20):
-    """Fill a dataset from a raw temporary file, a million rows at a time."""
-    part.seek(0)
-    row = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
-    for start in range(0, len(dataset), rows):
-        piece = np.frombuffer(part.read(rows * row), dataset.dtype)
-        dataset[start : start + rows] = piece.reshape(-1, *dataset.shape[1:])
 
 
 def save(out, molecules, attrs, units, splits_of=None):
@@ -144,9 +129,9 @@ def save(out, molecules, attrs, units, splits_of=None):
         print(f"    {count:,}: {cause} (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
 
 
-def convert(source, raws, out, splits_of=None):
-    """python data.py SOURCE RAW [RAW ...] OUT.h5"""
-    raws, out = [Path(raw) for raw in raws], Path(out)
+def convert(source, raws, out, splits_of=None, labels=""):
+    """python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...]"""
+    raws, out, asked = [Path(raw) for raw in raws], Path(out), parse_labels(labels)
     check_new(out, kinds=(".h5",))
     for raw in raws:
         if raw.suffix == ".h5":
@@ -160,9 +145,11 @@ def convert(source, raws, out, splits_of=None):
     attrs = credit(source, raws) | {
         "source": "\n".join(names),
         "source_sha256": "\n".join(sha256(raw) for raw in raws),
-        "command": f"python data.py {source} {' '.join(names)} {out.name}",
+        "command": shlex.join(["python", "data.py", source, *names, out.name, *filter(None, [labels])]),
     }
-    save(out, read_source(source, raws), attrs, SOURCES[source][1], splits_of if source == "qm9" else None)
+    units = SOURCES[source][1] | {dataset: unit for dataset, (_, unit) in asked.items()}
+    molecules = with_labels(read_source(source, raws), asked) if asked else read_source(source, raws)
+    save(out, molecules, attrs, units, splits_of if source == "qm9" else None)
 
 
 def sample(molecules, out, num, seed):
@@ -195,7 +182,7 @@ def sample(molecules, out, num, seed):
 def info(m, chunk=10_000):
     """python data.py info FILE.h5: m is its Molecules."""
     elements, square, largest = np.zeros(119, dtype=np.int64), 0.0, 0.0
-    near, nearest, closest = 0, np.inf, None
+    near, nearest, closest, wrong = 0, np.inf, None, []
     for start in range(0, len(m), chunk):  # read refuses positions and elements that cannot be
         part = m.read(range(start, min(start + chunk, len(m))), forces="forces" in m.units)
         elements += np.bincount(part["z"], minlength=119)
@@ -224,8 +211,12 @@ def info(m, chunk=10_000):
             stats = f"{'':15} {rms:12.6g} {'':15} {largest:15.9g}  (rms, largest component)"
         else:
             v = m.label(name)
+            unknown = np.isnan(v) & (name != "energy")
+            wrong += [] if np.isfinite(v[~unknown]).all() else [name]
+            v = v if unknown.all() else v[~unknown]
             stats = f"{v.mean():15.9g} {v.std():12.6g} {v.min():15.9g} {v.max():15.9g}"
+            stats += f"  ({unknown.sum():,} unknown)" if unknown.any() else ""
         lines += [(name, f"{unit:17} {stats}")]
     print("\n".join(f"{key:14} {text}".rstrip() for key, text in lines))
-    if wrong := [name for name in m.units if name != "forces" and not np.isfinite(m.label(name)).all()]:
+    if wrong:
         raise InputError(f"{m.path}: {', '.join(wrong)} is not finite everywhere: convert it again with data.py")

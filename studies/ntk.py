@@ -99,9 +99,9 @@ def compare(paths, config):
     if len(set(steps)) < max(2, len(steps)) or any(entry[3] != loaded[0][3] for entry in loaded):
         raise InputError("name two or more different steps of one run, its step_<n>.pt", code=2)
     molecules = Molecules(config.data)
-    index = choose(molecules, config.split, config.num_molecules, "num_molecules")
-    molecules.check_elements(index, models[0].encoder.config.max_z)
     target = "energy" if loaded[0][2] == "energy_forces" else loaded[0][2]
+    index = choose(molecules, config.split, config.num_molecules, "num_molecules", target)
+    molecules.check_elements(index, models[0].encoder.config.max_z)
     arrays = molecules.read(index)
     z, pos, batch = arrays["z"], arrays["pos"].double(), arrays["batch"]
     rest = torch.from_numpy(molecules.label(target)[index])

@@ -2,19 +2,25 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from raw_files import convert, md17_npz
 from tiny_run import ROOT, TINY
 
+import data
 import finetune
+import lipschitz
+from data import Molecules
 from formats.sources import check_units
 from formats.weights import read_encoder
 from harness.errors import InputError
@@ -132,7 +138,105 @@ def test_tags_that_are_not_read_are_named(tmp_path, capsys):
     path.write_text(sdf("1", BENT, "3D", tags="> <homo>\n-0.25\n\n>  <name>\nwater\n\n"))
     convert("sdf", [path], tmp_path / "a.h5")
     said = capsys.readouterr().out
-    assert "not read: tag homo (1 molecules)" in said and "tag name" not in said
+    assert "not read: homo (1 molecules)" in said and "not read: name" not in said
+
+
+# ---------------------------------------------------------------- labels=, NaN, lone atoms
+
+
+def convert_with(source, raw, out, labels):
+    """As the command line does, a word at a time -> Molecules."""
+    data.main([source, str(raw), str(out), *f"labels={labels}".split()])
+    return Molecules(out)
+
+
+def test_tags_of_an_sdf_become_labels(tmp_path, capsys):
+    path = tmp_path / "a.sdf"
+    tags = ["> <logS>\n-0.77\n\n> <gap>  (1)\n0.31\n\n", "> <logS>\nn/a\n\n> <gap>\n-1.5E-2\n\n", "> <gap>\n1\n2\n\n"]
+    path.write_text("".join(sdf(str(k), BENT, "3D", tags=text) for k, text in enumerate(tags)))
+    m = convert_with("sdf", path, tmp_path / "a.h5", "logS:log mol/L,gap:eV")
+    assert m.units == {"gap": "eV", "logS": "log mol/L"}
+    np.testing.assert_array_equal(m.label("logS"), [-0.77, np.nan, np.nan])
+    np.testing.assert_array_equal(m.label("gap"), [0.31, -0.015, np.nan])  # two lines are no number
+    said = capsys.readouterr().out
+    assert "logS unknown (2 molecules)" in said and "gap unknown (1 molecules)" in said and "not read" not in said
+    assert "labels=logS:log mol/L,gap:eV" in m.attrs["command"]
+    data.main(["info", m.path])
+    told = capsys.readouterr().out
+    assert re.search(r"gap +eV +0\.1475 +0\.1625 +-0\.015 +0\.31  \(1 unknown\)", told), told
+    few = tmp_path / "few.h5"
+    data.main(["sample", m.path, str(few), "num=2", "seed=0"])
+    index = np.sort(np.random.default_rng(0).permutation(3)[:2])
+    np.testing.assert_array_equal(Molecules(few).label("logS"), m.label("logS")[index])
+
+
+def test_entries_of_an_xyz_and_arrays_of_an_npz_become_labels(tmp_path, capsys):
+    comments = [f"{FORCES} energy=-2076.0 gap={gap} state=S0" for gap in ("0.5", "T", "none", '"1 2"')]
+    m = convert_with("xyz", xyz(tmp_path / "a.xyz", *comments), tmp_path / "a.h5", "gap:eV")
+    np.testing.assert_array_equal(m.label("gap"), [0.5, np.nan, np.nan, np.nan])
+    assert "gap unknown (3 molecules)" in capsys.readouterr().out and m.label("energy").tolist() == 4 * [-2076.0]
+    arrays = {"gap": np.array([[1.0], [np.nan], [3], [4]]), "S/T": np.arange(4), "dipole": np.zeros((4, 3))}
+    raw = md17_npz(tmp_path / "md17_a.npz", **arrays, notes=np.array({"a": 1}, dtype=object))
+    m = convert_with("md17", raw, tmp_path / "b.h5", "gap:kcal/mol,S/T:1")
+    np.testing.assert_array_equal(m.label("gap"), [1, np.nan, 3, 4])
+    assert m.label("S_T").tolist() == [0, 1, 2, 3] and "not read: dipole (4" in capsys.readouterr().out
+
+
+def test_infinity_is_no_label(tmp_path, capsys):
+    m = convert_with("xyz", xyz(tmp_path / "a.xyz", "gap=0.5", "gap=inf"), tmp_path / "a.h5", "gap:eV")
+    assert m.label("gap").tolist() == [0.5] and "1: a label that is not finite (id 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ("ga:eV", "no molecule has a number under ga; there are: gap, homo"),
+        ("name:1", "no molecule has a number under name"),
+        *[
+            (wrong, "write labels=NAME:UNIT")
+            for wrong in ("gap", "", "gap:", ":eV", "gap:eV,gap:eV", "gap:eV,", "a/b:1,a_b:1")
+        ],
+        ("energy:eV", "energy has a dataset of its own"),
+        ("gap:eV,forces:eV/A", "forces has a dataset of its own"),
+    ],
+)
+def test_labels_that_are_not_there_or_malformed_are_refused(tmp_path, labels, words):
+    path, out = tmp_path / "a.sdf", tmp_path / "a.h5"
+    path.write_text(sdf("1", BENT, "3D", tags="> <gap>\n0.3\n\n> <homo>\n-0.2\n\n> <name>\nwater\n\n"))
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        convert_with("sdf", path, out, labels)
+    assert error.value.code == 2 and not out.exists()
+
+
+def test_the_force_on_a_lone_atom_is_zero(tmp_path, capsys):
+    water = f"3\n{FORCES} energy=-2076.0\n{WATER}"
+    atom = "1\nProperties=species:S:1:pos:R:3 energy=-13.6\nH 0 0 0\n"
+    for name, text in {"first": atom + water + atom, "last": water + atom + atom}.items():
+        (tmp_path / f"{name}.xyz").write_text(text)
+        m = convert("xyz", [tmp_path / f"{name}.xyz"], tmp_path / f"{name}.h5")
+        lone = np.flatnonzero(np.diff(m.ptr) == 1)
+        assert not m.read(lone, forces=True)["forces"].any() and m.label("energy")[lone].tolist() == [-13.6, -13.6]
+        assert "force on a lone atom set to 0 (2 molecules)" in capsys.readouterr().out
+    (tmp_path / "none.xyz").write_text(atom + water.replace(FORCES, FORCES.replace("forces", "momenta")))
+    assert list(convert("xyz", [tmp_path / "none.xyz"], tmp_path / "none.h5").units) == ["energy"]
+    (tmp_path / "two.xyz").write_text(water + atom.replace("1\n", "2\n", 1) + "H 0 0 0.74\n")
+    with pytest.raises(InputError, match="has energy, those before it energy and forces"):
+        convert("xyz", [tmp_path / "two.xyz"], tmp_path / "two.h5")
+
+
+def v3000(rows, mark=""):
+    atoms = "".join(f"M  V30 {k} {s} {x} {y} {z} 0\n" for k, (s, (x, y, z)) in enumerate(zip("OHH", rows), 1))
+    head = f"water\n  program 0000000000{mark}\n\n  0  0  0     0  0            999 V3000\n"
+    counts = "M  V30 BEGIN CTAB\nM  V30 COUNTS 3 0 0 0 0\nM  V30 BEGIN ATOM\n"
+    return f"{head}{counts}{atoms}M  V30 END ATOM\nM  V30 END CTAB\nM  END\n$$$$\n"
+
+
+def test_drawings_and_geometries_in_v3000(tmp_path, capsys):
+    path = tmp_path / "a.sdf"
+    path.write_text(v3000(FLAT) + v3000(BENT) + v3000(FLAT, "3D") + v3000(FLAT, "2D"))
+    m = convert("sdf", [path], tmp_path / "a.h5")
+    assert m.ids.tolist() == [1, 2] and m.read([0])["pos"].numpy() == pytest.approx(np.array(BENT))
+    assert "2: flat and not marked 3D: a drawing, no geometry (id 0, 3)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- checkpoints of others
@@ -149,18 +253,66 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
     assert all(torch.equal(value, found.state_dict()[key]) for key, value in encoder.state_dict().items()) and not rest
 
 
-def test_two_networks_in_one_file_are_named(tmp_path):
+@pytest.fixture
+def two_networks(tmp_path):
+    """A file of two networks -> its path, and the weights of each by what names it."""
+    weights = {name: EquivariantTransformer(SMALL).state_dict() for name in ("model", "ema_model")}
+    owners = {"model": "model.representation_model.", "ema_model": "ema_model.module.representation_model."}
+    whole = {f"{owner}{k}": v for name, owner in owners.items() for k, v in weights[name].items()}
+    torch.save({"state_dict": whole | {"model.output_model.weight": torch.ones(2)}}, tmp_path / "two.pt")
+    return tmp_path / "two.pt", weights
+
+
+def same_weights(found, wanted):
+    return all(torch.equal(value, found[key]) for key, value in wanted.items())
+
+
+def test_two_networks_in_one_file_are_named(two_networks):
+    path, weights = two_networks
+    with pytest.raises(InputError, match="several networks: name one of ema_model, model with init_key="):
+        read_encoder(path, SMALL)
+    with pytest.raises(InputError, match="no network 'ema': name one of ema_model, model with init_key="):
+        read_encoder(path, SMALL, "ema")
+    for key in ("model", "ema_model", "ema_model.", "ema_model.module", "ema_model.representation_model"):
+        found, _ = read_encoder(path, SMALL, key)
+        assert same_weights(found.state_dict(), weights[key.split(".")[0]]), key
+
+
+def test_a_key_for_one_network_must_name_it(tmp_path):
     weights = EquivariantTransformer(SMALL).state_dict()
-    owners = ("model.", "ema_model.module.")
-    torch.save({f"{o}representation_model.{k}": v for o in owners for k, v in weights.items()}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match="several networks, under 'ema_model.', 'model.'"):
-        read_encoder(tmp_path / "a.pt", SMALL)
+    for prefix, key in (("model.representation_model.", "model"), ("net._orig_mod.", "net"), ("", ".")):
+        torch.save({f"{prefix}{name}": value for name, value in weights.items()}, tmp_path / "a.pt")
+        for given in ("", key):
+            assert same_weights(read_encoder(tmp_path / "a.pt", SMALL, given)[0].state_dict(), weights)
+        with pytest.raises(InputError, match=f"no network 'student': name one of {re.escape(key)} with init_key="):
+            read_encoder(tmp_path / "a.pt", SMALL, "student")
+
+
+def test_a_run_takes_the_network_asked_for_and_resumes_with_it(two_networks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, weights = two_networks
+    sizes = [f"model.{key}={value}" for key, value in TINY["model"].items()]
+    run = [str(ROOT / "data/qm9_demo.h5"), "target=gap", f"init_from={path}", "init_key=ema_model", "keep_steps=0"]
+    fine_tune(*run, "out_dir=run")
+    start = torch.load("run/step_0.pt", weights_only=True)["state_dict"]
+    assert same_weights(start, {f"model.encoder.{key}": value for key, value in weights["ema_model"].items()})
+    with pytest.raises(InputError, match="its init_key is ema_model, now model"):
+        fine_tune(*run, "out_dir=run", "resume=true", "max_steps=4", "init_key=model")
+    fine_tune(*run, "out_dir=run", "resume=true", "max_steps=4", "lr_cosine_length=40000")
+    with pytest.raises(InputError, match="init_key names a network in init_from, which is not set") as error:
+        fine_tune(str(ROOT / "data/qm9_demo.h5"), "target=gap", "init_key=model", "out_dir=no")
+    assert error.value.code == 2 and not Path("no").exists()
+    torch.save(weights["ema_model"], "one.pt")
+    measured = ["num_molecules=3", "iterations=3", f"data={ROOT / 'data/qm9_demo.h5'}", *sizes]
+    lipschitz.main([str(path), "init_key=ema_model", "out_dir=a", *measured])
+    lipschitz.main(["one.pt", "out_dir=b", *measured])
+    first, second = (json.loads(Path(f"{name}/lipschitz.json").read_text())["checkpoints"] for name in "ab")
+    assert list(first.values()) == list(second.values())
 
 
 def test_what_is_unexpected_is_named_before_what_is_missing(tmp_path):
-    torch.save(
-        {f"gnn.{key}": value for key, value in EquivariantTransformer(SMALL).state_dict().items()}, tmp_path / "a.pt"
-    )
+    weights = EquivariantTransformer(SMALL).state_dict()
+    torch.save({f"gnn.{key.replace('embedding.', 'emb.')}": value for key, value in weights.items()}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="not of this encoder: gnn.* unexpected"):
         read_encoder(tmp_path / "a.pt", SMALL)
 
@@ -199,6 +351,46 @@ def test_energies_without_forces_get_references_and_it_is_said(tmp_path, monkeyp
     assert fitted["energy_mae"] < 500 < plain["energy_mae"]  # meV
 
 
+def unknown_gaps(path, index, value=np.nan, **splits):
+    shutil.copy(ROOT / "data/qm9_demo.h5", path)
+    with h5py.File(path, "r+") as file:
+        for m in index:
+            file["y/gap"][m] = value
+        for name, members in splits.items():
+            file[f"split/{name}"] = np.array(members)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["freeze_encoder=true", "freeze_encoder=false"])
+def test_molecules_whose_label_is_unknown_are_left_out(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    parts = {"a": range(60), "b": range(60, 80), "c": range(80, 100)}
+    path = unknown_gaps(tmp_path / "a.h5", [3, 4, 5, 85, 500], **parts)
+    splits = ["train_split=a", "val_split=b", "test_split=c", "train_size=0", "val_size=0", "test_size=0"]
+    fine_tune(path, "target=gap", *splits, kind, "out_dir=named")
+    said = capsys.readouterr().out
+    assert "left out: 3 of a, 1 of c: gap unknown\n" in said
+    known = np.delete(Molecules(path).label("gap")[:60], [3, 4, 5])
+    assert f"labels: mean {known.mean():.6g}, scale {known.std():.4g} eV" in said
+    metrics = json.loads(Path("named/metrics.json").read_text())
+    assert metrics["molecules"] == {"train": 57, "val": 20, "c": 19} and metrics["test"]["c"]["gap_mae"] > 0
+    fine_tune(path, "target=gap", "train_size=1000", "test_size=0", kind, "out_dir=drawn")
+    assert "left out: 5 of all: gap unknown\n" in capsys.readouterr().out
+    assert json.loads(Path("drawn/metrics.json").read_text())["molecules"] == {"train": 1000, "val": 10, "test": 985}
+    fine_tune(path, "target=lumo", kind, "out_dir=other")  # a label without unknowns: every molecule counts
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_labels_that_are_infinite_or_all_unknown_stop_a_run(tmp_path):
+    path = unknown_gaps(tmp_path / "inf.h5", [7], np.inf)
+    with pytest.raises(InputError, match="gap is not finite everywhere"):
+        fine_tune(path, "target=gap", "train_size=0", f"out_dir={tmp_path}/a")
+    path = unknown_gaps(tmp_path / "nan.h5", range(2000))
+    with pytest.raises(InputError, match="has 0 molecules for these, gap known") as error:
+        fine_tune(path, "target=gap", f"out_dir={tmp_path}/a")
+    assert error.value.code == 2 and not (tmp_path / "a").exists()
+
+
 def test_home_and_variables_in_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -217,16 +409,21 @@ def test_a_longer_run_may_have_a_longer_schedule(tmp_path, monkeypatch):
     fine_tune(data, "out_dir=out/a", "lr_cosine_length=6", "max_steps=6", "resume=true")
 
 
+SPAWN = "import sys, torch; torch.multiprocessing.set_start_method('spawn'); from {0} import cli, main; cli(main)"
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(tmp_path, stage, workers):
+def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(tmp_path, stage, workers, method):
     """As `timeout` and queues send it: loader processes get it, too."""
     config = {"pretrain": "demo", "finetune": "demo_gap"}[stage]
-    command = [sys.executable, str(ROOT / f"{stage}.py"), str(ROOT / f"configs/{config}.yaml"), "max_steps=100000"]
+    program = [str(ROOT / f"{stage}.py")] if method == "fork" else ["-c", SPAWN.format(stage)]
+    command = [sys.executable, *program, str(ROOT / f"configs/{config}.yaml"), "max_steps=100000"]
     command += [f"data={ROOT / 'data/qm9_demo.h5'}", f"num_workers={workers}", "log_every=1", "save_every=100000"]
     command += ["val_every=100000", "out_dir=run", *(f"model.{key}={value}" for key, value in TINY["model"].items())]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
     log = tmp_path / "run/log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b'"train"') > 3):
