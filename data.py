@@ -10,7 +10,6 @@
     md17 md22 rmd17   *.npz          sdf   *.sdf[.gz] (rdkit)          xyz   *.xyz, extended (ase)
 Several RAW (not qm9, pcqm4mv2): the stem of each file becomes a named split. labels= reads further numbers, such as
 "labels=logS:log mol/L,gap:eV": tags of an SDF, entries of an xyz comment, arrays of an npz with one number a frame.
-
 formats/schema.py tells what a file holds, formats/sources.py and formats/write.py make one.
 """
 
@@ -62,7 +61,7 @@ class Molecules:
         return sha256(self.path)
 
     def split(self, name, label=""):
-        """Indices of a named split of the file, or of all molecules if name is empty; those whose y/label is known."""
+        """Indices of a named split, or of all molecules if name is empty, whose y/<label> is known."""
         if name and name not in self.splits:
             has = ", ".join(self.splits) or "none"
             raise InputError(f"split = {name}: {self.path} has no such split, it has {has}", code=2)
@@ -106,9 +105,8 @@ class Molecules:
             raise InputError(f"{self.path}: the file has no forces")
         runs = self._runs(index)
         z = self._atoms("z", np.uint8, runs)
-        vectors = {"pos": self._atoms("pos", np.float32, runs).reshape(-1, 3)}
-        if forces:
-            vectors["forces"] = self._atoms("forces", np.float32, runs).reshape(-1, 3)
+        names = ("pos", "forces") if forces else ("pos",)
+        vectors = {name: self._atoms(name, np.float32, runs).reshape(-1, 3) for name in names}
         batch = np.repeat(np.arange(len(index)), self.ptr[index + 1] - self.ptr[index])
         if bad := first_flaw(z, batch=batch, **vectors):
             raise InputError(f"{self.path}: molecule {index[bad[0]]} has {bad[1]}")
@@ -117,10 +115,7 @@ class Molecules:
         return {name: torch.from_numpy(value) for name, value in arrays.items()} | more
 
     def composition(self, index, max_z, forces=False):
-        """Atoms of each element in the molecules of index (M,) -> (M, max_z) float64.
-
-        It reads these molecules whole, with their forces if asked, so that a damaged one is refused before training.
-        """
+        """Atoms of each element in molecules index (M,) -> (M, max_z) float64; refuses damage, of forces, too."""
         counts = np.zeros((len(index), max_z))
         for first in range(0, len(index), 10_000):
             part = self.read(index[first : first + 10_000], forces)
@@ -179,11 +174,11 @@ def qm9_splits(num):
 
 
 def choose(molecules, split, size, name, label=""):
-    """Draw size molecules (0: all; name: its setting) of a split, whose label is known; config.seed changes nothing."""
+    """Draw size molecules (0: all; name: its setting) of a split, the same for every config.seed."""
     index = molecules.split(split, label)
     if size > len(index):
-        known = f" with a known {label}" if label else ""
-        raise InputError(f"{name} = {size}: there are {len(index)} in {split or molecules.path}{known}", code=2)
+        where = f"{split or molecules.path}{label and f', {label} known'}"
+        raise InputError(f"{name} = {size}: there are {len(index)} in {where}", code=2)
     return index[split_indices(len(index), [size or len(index), None])[0]]
 
 
@@ -215,7 +210,7 @@ class StepBatches(torch.utils.data.Dataset):
             parts = f"ranks x accumulate = {world} x {accumulate}"
             raise InputError(f"batch_size {batch_size} must be a multiple of {parts}", code=2)
         if batch_size > len(self.index):
-            raise InputError(f"batch_size {batch_size} is more than the {len(self.index)} molecules", code=2)
+            raise InputError(f"batch_size {batch_size} is more than the {len(index)} molecules", code=2)
         self.steps_per_epoch = len(self.index) // batch_size
         self._epoch = self._order = None
 
@@ -259,7 +254,7 @@ def main(argv):
             from beyond.rotors import add_rotors
 
             add_rotors(path, out, *raw)
-        case [source, *_] if source in SOURCES and end > 2:  # a unit with blanks may have lost its quotes
+        case [source, *_] if source in SOURCES and end > 2:  # labels= may have lost its quotes
             convert(source, argv[1 : end - 1], argv[end - 1], qm9_splits, " ".join(argv[end:]))
         case _:
             raise InputError(usage, code=2)

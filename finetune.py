@@ -112,7 +112,7 @@ class FinetuneConfig:
             if not known.metadata.get("probe", True) and getattr(self, known.name) != known.default:
                 raise ValueError(f"freeze_encoder = true: a linear probe has no {known.name}, leave it out")
         if self.freeze_encoder and self.target == "energy_forces":
-            raise ValueError("freeze_encoder = true: a linear probe predicts a label, name one as the target")
+            raise ValueError("freeze_encoder = true: a linear probe predicts a label, name one as target")
         if self.freeze_encoder and self.lr_schedule == "plateau":
             raise ValueError("freeze_encoder = true: the schedule of a linear probe is cosine or cosine_warmup")
 
@@ -146,7 +146,7 @@ def plateau_rate(lr, plateau, score, config):
 
 
 def split_data(config, molecules):
-    """-> indices to train and to validate, and {name: indices} of the test sets; disjoint, and with known labels."""
+    """-> indices to train and to validate, {name: indices} of test sets; disjoint, with known labels."""
     label, sizes, parts = config.target, {"train": config.train_size}, {}  # sizes: from the pool
     pool = molecules.split(config.train_split, label)
     if config.val_split in ("", config.train_split):
@@ -491,8 +491,8 @@ def finetune(config, run):
     train, val, tests = split_data(config, molecules)
     parts = {"train": train, "val": val, **tests}
     sizes = {name: len(index) for name, index in parts.items()}
-    names = dict.fromkeys([config.train_split, *filter(None, [config.val_split, *config.test_split.split(",")])])
-    lost = {name: len(molecules.split(name)) - len(molecules.split(name, config.target)) for name in names}
+    splits = [config.train_split, *filter(None, [config.val_split, *config.test_split.split(",")])]
+    lost = {s: len(molecules.split(s)) - len(molecules.split(s, config.target)) for s in splits}
     lost = ", ".join(f"{num:,} of {name or 'all'}" for name, num in lost.items() if num)
     ranks, forces = (run.rank, run.world), config.target == "energy_forces"
     batches = StepBatches(molecules, train, config.batch_size, config.seed, *ranks, config.accumulate, forces)

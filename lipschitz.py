@@ -156,11 +156,8 @@ def exact_norms(of, encoder, z, pos, batch, num_molecules, scale):
         def h(pos, z_m=z_m, batch_m=batch_m, edge_index=edge_index):
             return output(of, encoder, z_m, pos, batch_m, 1, edge_index)[0]
 
-        columns = [
-            torch.func.jvp(h, (pos_m,), (direction.view_as(pos_m),))[1]
-            for direction in torch.eye(pos_m.numel(), dtype=pos.dtype, device=pos.device)
-        ]
-        J = torch.stack(columns, dim=2)  # (R, C, 3 n)
+        unit = torch.eye(pos_m.numel(), dtype=pos.dtype, device=pos.device).view(-1, *pos_m.shape)
+        J = torch.stack([torch.func.jvp(h, (pos_m,), (v,))[1] for v in unit], dim=2)  # (R, C, 3 n)
         J = J - J @ motions @ motions.T
         finite = J if J.isfinite().all() else torch.zeros_like(J)  # its decomposition would fail
         norms = torch.stack([torch.linalg.matrix_norm((finite / s.unsqueeze(1)).flatten(0, 1), 2) for s in scale])
@@ -224,10 +221,6 @@ def sensitivity(of, encoder, part, displacements):
     return torch.stack([dots(change, change, rows, num).sqrt() for change in moved], dim=1)
 
 
-def last_of(by_step):
-    return next(reversed(by_step.values()))
-
-
 def measure(encoder, molecules, index, config, device):
     """All measurements of one encoder: dict of lists with one entry for each molecule."""
     encoder = encoder.double().eval().requires_grad_(False).to(device)
@@ -238,7 +231,7 @@ def measure(encoder, molecules, index, config, device):
     std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # channels that vary count
     norms = [constants(encoder, part, std, config) for part in parts]
     norms = {step: torch.cat([part[step] for part in norms]) for step in norms[0]}  # (M, 2)
-    last = last_of(norms)
+    last = list(norms.values())[-1]
     return {
         "llc": {str(step): found[:, 0].tolist() for step, found in norms.items()},
         "llc_by_norm": (last[:, 0] / size).tolist(),
@@ -270,13 +263,11 @@ def mean_curve(found):
 
 def summarise(found):
     """The figures of one encoder: of each kind of LLC median, p95, max, and the mean curve of Fig. 2."""
-    kinds = {"llc_by_norm": found["llc_by_norm"], "llc_standardised": found["llc_standardised"], "norm": found["norm"]}
+    kinds = {"llc": list(found["llc"].values())[-1]}
+    kinds |= {name: found[name] for name in ("llc_by_norm", "llc_standardised", "norm")}
     kinds |= {f"llc_{step}": values for step, values in found["llc"].items()}
-    return {
-        "llc": quantiles(last_of(found["llc"])),
-        **{name: quantiles(values) for name, values in kinds.items()},
-        "sensitivity": mean_curve(found).tolist(),
-    }
+    kinds = {name: quantiles(values) for name, values in kinds.items()}
+    return kinds | {"sensitivity": mean_curve(found).tolist()}
 
 
 def table(results):
@@ -303,13 +294,13 @@ def draw(results, folder, made_of):
     lines, greys = ("-", "--", "-.", ":"), ("black", "0.55", "tab:red")
     for k, (name, found) in enumerate(results.items()):
         style = {"ls": lines[k % 4], "color": greys[k // 4 % 3]}
-        values = np.sort(last_of(found["llc"]))
+        values = np.sort(list(found["llc"].values())[-1])
         left.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=name, **style)
         right.plot(DISPLACEMENTS, mean_curve(found), lw=2, **style)
         right.plot(DISPLACEMENTS, found["sensitivity"][0], lw=0.7, **style)
     left.set(xlabel="LLC, 1/angstrom", ylabel="share of molecules below")
     right.set(xlabel="|delta|, angstrom", ylabel="|h(x + delta) - h(x)|", title="mean (thick), one molecule (thin)")
-    limits = [v for found in results.values() for v in last_of(found["llc"]) if v > 0]
+    limits = [v for found in results.values() for v in list(found["llc"].values())[-1] if v > 0]
     if limits and max(limits) > 100 * min(limits):
         left.set_xscale("log")
     left.legend(frameon=False, fontsize=8)

@@ -1,8 +1,7 @@
 """Raw files of each source -> molecules, one after another.
 
-A molecule on its way is a dict: id, z (n,), pos (n, 3) Å, labels {dataset: value}, split (names); one that cannot be
-used is {id, skip: cause}. notes (texts) are counted and printed when it is written. tags {name: number} are what
-else is said of it: labels= makes labels of them.
+A molecule on its way is a dict: id, z (n,), pos (n, 3) Å, labels {dataset: value}, split (names), tags {name: number}
+for labels= to choose from, notes (texts) to count and print. One that cannot be used is {id, skip: cause}.
 """
 
 import bz2
@@ -33,13 +32,13 @@ SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn 
 Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
 Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
 NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity)\s*", re.I)
-SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n(.*)$(?!\n *[^>\s])", re.M)  # its name, and its value of one line
+SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n(.*)$(?!\n *[^>\s])", re.M)  # name, value of one line
 ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
-# QM9's labels in the order of the xyz comment line: name and unit here, column in qm9pack (with its misspelling)
+# name and unit here, column in qm9pack (sic); in the order of the xyz comment line
 QM9_LABELS = """A GHz RotA_GHz, B GHz RotB_GHz, C GHz RotC_GHz, mu D Dipole_debye,
-alpha a0^3 Polarizability_bohr3, homo eV HOMO_au, lumo eV LUMO_au, gap eV HOMO_LUMO_gap_au, r2 a0^2 R2_bohr2,
-zpve eV ZPVE_au, U0 eV InternalEnergy_0K_au, U eV InternalEnergy_298K_au, H eV Enthalphy_298K_au,
-G eV GibbsFreeEnergy_298K_au, Cv cal/mol/K Heatcapacity_Cv_cal_mol_K"""
+alpha a0^3 Polarizability_bohr3, homo eV HOMO_au, lumo eV LUMO_au, gap eV HOMO_LUMO_gap_au,
+r2 a0^2 R2_bohr2, zpve eV ZPVE_au, U0 eV InternalEnergy_0K_au, U eV InternalEnergy_298K_au,
+H eV Enthalphy_298K_au, G eV GibbsFreeEnergy_298K_au, Cv cal/mol/K Heatcapacity_Cv_cal_mol_K"""
 QM9_LABELS = [label.split() for label in QM9_LABELS.split(",")]
 
 
@@ -115,8 +114,8 @@ def number(text):
 
 
 def numbers(said):
-    """{name: value} -> {name: float} of the values that are one number; True and arrays are none."""
-    return {name: float(str(value)) for name, value in said.items() if NUMBER.fullmatch(str(value))}
+    """{name: value} -> {name: float} of values that are one number; True and arrays are none."""
+    return {name: float(str(v)) for name, v in said.items() if NUMBER.fullmatch(str(v))}
 
 
 def xyz_atoms(rows):
@@ -160,9 +159,8 @@ def parse_sdf(items, titled):
         else:
             z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
             pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
-            tags = numbers(dict(SDF_TAG.findall(block)))
-            notes = {f"not read: {name}" for name in tags}
-            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "notes": notes, "tags": tags})
+            mol = {"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(dict(SDF_TAG.findall(block)))}
+            molecules.append(mol | {"notes": {f"not read: {name}" for name in mol["tags"]}})
     return molecules
 
 
@@ -203,21 +201,18 @@ def read_qm9_tar(raw):
     for name, file in files_in(raw):
         if name.endswith(".xyz"):
             lines = file.read().decode().splitlines()
-            try:
+            with explain(f"{raw}: {name} is not an xyz file of QM9", ValueError, IndexError):
                 num, (tag, key, *values) = int(lines[0]), lines[1].split()
                 if tag != "gdb" or len(lines) != num + 5:  # frequencies, SMILES and InChI follow the atoms
                     raise ValueError("no `gdb` line, or another number of atoms than the first line says")
                 z, pos = xyz_atoms([line.split() for line in lines[2 : num + 2]])
                 labels = qm9_labels([number(text) for text in values])
-            except (ValueError, IndexError) as error:
-                raise InputError(f"{raw}: {name} is not an xyz file of QM9 ({error})") from error
             yield {"id": int(key), "z": z, "pos": pos, "labels": labels}
 
 
 def read_uncharacterized(path):
     """The molecules to leave out: every line of the list that starts with a number."""
-    words = [line.split() for line in path.read_text().splitlines()]
-    ids = {int(first) for first, *_ in filter(None, words) if first.isdigit()}
+    ids = set(map(int, re.findall(r"^\s*(\d+)(?!\S)", path.read_text(), re.M)))
     if not ids:
         raise InputError(f"{path}: no line starts with the number of a molecule: is it uncharacterized.txt?")
     return ids
@@ -239,7 +234,7 @@ def read_qm9(*raws):
 
 
 def read_pcqm4mv2(raw):
-    """The SDF or its tar.gz (id: place in the file, OGB's index), or the zip of xyz files (id: name of the file)."""
+    """The SDF or its tar.gz (id: place in the file, OGB's index), or the zip of xyz files (id: name)."""
     if raw.suffix != ".zip":
         yield from read_sdf(raw, titled=False)
         return
@@ -253,7 +248,7 @@ def read_pcqm4mv2(raw):
 
 
 def read_sdf(raw, titled=True):
-    """An SDF, plain, compressed or in a tar; id: the title where it is a number, else the place in the file."""
+    """An SDF, compressed or in a tar, too; id: a title that is a number, else the place in the file."""
     need("rdkit.Chem", "reading SDF")
     for name, file in files_in(raw):
         if name.endswith(".sdf") or ".tar" not in raw.suffixes:
@@ -300,7 +295,7 @@ def read_npz(raw, keys, index=None):
         for key in set(arrays) - {*keys}:
             with suppress(ValueError):  # of objects
                 columns[key] = arrays[key]
-        columns = {k: a.ravel() for k, a in columns.items() if a.shape in one_each and a.dtype.kind in "iuf"}
+    columns = {k: a.ravel() for k, a in columns.items() if a.shape in one_each and a.dtype.kind in "iuf"}
     shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
     if not shapes or energy.shape not in one_each:
         said = ", ".join(f"{key} {a.shape}" for key, a in zip(keys, (z, pos, energy, forces)))
@@ -312,7 +307,7 @@ def read_npz(raw, keys, index=None):
             raise InputError(f"{raw}: {index} must be whole numbers")
     for k, key in enumerate(ids):
         labels = {"energy": float(energy.flat[k]), "forces": forces[k]}
-        tags = {name: float(values[k]) for name, values in columns.items() if not np.isnan(values[k])}
+        tags = {name: float(a[k]) for name, a in columns.items() if not np.isnan(a[k])}
         mol = {"id": int(key), "z": z.astype(np.int64), "pos": pos[k], "labels": labels}
         yield mol | {"notes": notes, "tags": tags}
 
@@ -320,7 +315,7 @@ def read_npz(raw, keys, index=None):
 def xyz_labels(key, atoms, levels, forces):
     """-> labels, notes and tags of frame `key`; a ValueError where labels are not clear.
 
-    levels: the set of those that the frames so far had, REF_ or plain; a file is of one. forces: whether it has any.
+    levels: the set of those that the frames so far had, REF_ or plain; a file is of one. forces: has it any.
     """
     stated, plain = atoms.info | atoms.arrays, dict(atoms.calc.results if atoms.calc else {})
     known = {k.removeprefix("REF_"): v for k, v in stated.items() if k in ("REF_energy", "REF_forces")}
@@ -382,27 +377,28 @@ def stem(path):
 
 
 def parse_labels(text):
-    """labels=NAME:UNIT,NAME:UNIT -> {dataset: (name, unit)}; a slash in a name becomes _, HDF5 would make a folder."""
-    entries = [entry.rpartition(":") for entry in text.removeprefix("labels=").split(",")] if text else []
-    asked = {f"y/{name.strip().replace('/', '_')}": (name.strip(), unit.strip()) for name, _, unit in entries}
-    if len(asked) < len(entries) or not all(all(pair) and "".join(pair).isprintable() for pair in asked.values()):
-        raise InputError(f"{text!r}: write labels=NAME:UNIT,NAME:UNIT, each name once, with its unit", code=2)
+    """labels=NAME:UNIT,NAME:UNIT -> {dataset: (name, unit)}; a slash in a name would part it in HDF5."""
+    entries = [entry.rpartition(":") for entry in text.removeprefix("labels=").split(",") if text]
+    pairs = [(name.strip(), unit.strip()) for name, _, unit in entries]
+    asked = {f"y/{name.replace('/', '_')}": (name, unit) for name, unit in pairs}
+    if len(asked) < len(pairs) or not all(name and unit and f"{name}{unit}".isprintable() for name, unit in pairs):
+        raise InputError(f"{text!r}: write labels=NAME:UNIT,NAME:UNIT, each name once", code=2)
     if taken := asked.keys() & {f"y/{name}" for name in EV}:
-        raise InputError(f"{text}: {min(taken)[2:]} has a dataset of its own, name it otherwise in the source", code=2)
+        raise InputError(f"{text}: {min(taken)[2:]} is a dataset of its own: name it otherwise", code=2)
     return asked
 
 
 def with_labels(molecules, asked):
-    """Molecules whose tags that are asked for are labels, NaN where they have none; a name that none has is refused."""
-    there, unread = set(), {f"not read: {name}" for name, _ in asked.values()}
+    """Molecules with the tags asked for as labels, NaN where there is none; a name that none has is refused."""
+    there, read = set(), {f"not read: {name}" for name, _ in asked.values()}
     for mol in molecules:
-        tags = mol.get("tags", {})
+        tags, labels = mol.get("tags", {}), mol.get("labels", {})
         there |= tags.keys()
-        labels = {dataset: tags.get(name, math.nan) for dataset, (name, _) in asked.items()}
-        yield mol | {"labels": mol.get("labels", {}) | labels, "notes": {*mol.get("notes", ())} - unread}
+        labels |= {dataset: tags.get(name, math.nan) for dataset, (name, _) in asked.items()}
+        yield mol | {"labels": labels, "notes": {*mol.get("notes", ())} - read}
     if missing := [name for name, _ in asked.values() if name not in there]:
         known = ", ".join(sorted(there - {"energy", "REF_energy"})) or "none"
-        raise InputError(f"labels: no molecule has a number under {missing[0]}; there are: {known}", code=2)
+        raise InputError(f"labels: no number is named {missing[0]}; there are: {known}", code=2)
 
 
 def read_source(source, raws):

@@ -15,29 +15,27 @@ WRAPPERS = re.compile(r"\b(module|_orig_mod)\.")  # of DataParallel and torch.co
 def load_representation(encoder, state_dict, init_key=""):
     """Load TorchMD-NET's or our own encoder weights by name; a ValueError names every key that does not fit.
 
-    Takes a bare encoder's state dict, or a whole model's, with the encoder under any prefix; of several init_key names
-    one, with or without `representation_model`. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
+    Takes a bare encoder's state dict, or a whole model's, with the encoder under any prefix; of several
+    networks init_key names one. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
     """
     owners = {key.removesuffix("embedding.weight") for key in state_dict if EMBEDDING.fullmatch(key)}
-    names = {owner: owner.removesuffix("representation_model.").rstrip(".") or "." for owner in owners}
+    names = {o: o.removesuffix("representation_model.").rstrip(".") or "." for o in owners}
     asked = WRAPPERS.sub("", f"{init_key}.").rstrip(".") or "."
-    chosen = [owner for owner, name in names.items() if not init_key or asked in (name, owner.rstrip("."))]
-    if len(chosen) != 1 and (owners or init_key):
+    chosen = [o for o, name in names.items() if not init_key or asked in (name, o.rstrip("."))]
+    if owners and len(chosen) != 1:
         said = f"no network {init_key!r}" if init_key else "several networks"
-        raise ValueError(f"it holds {said}: name one of {', '.join(sorted(names.values()))} with init_key=")
+        there = ", ".join(sorted(names.values()))
+        raise ValueError(f"it holds {said}: name one with init_key=, there are {there}")
     for owner in chosen:
         others = tuple(other for other in owners if len(other) > len(owner))
         inside = [key for key in state_dict if key.startswith(owner) and not key.startswith(others)]
         state_dict = {key.removeprefix(owner): state_dict[key] for key in inside}
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith("distance.")}
-    ours = encoder.state_dict()
-    faults = [f"{key} unexpected" for key in state_dict if key not in ours]
-    faults += [f"{key} missing" for key in ours if key not in state_dict]
-    faults += [
-        f"{key} {tuple(state_dict[key].shape)} where {tuple(value.shape)} is needed"
-        for key, value in ours.items()
-        if key in state_dict and state_dict[key].shape != value.shape
-    ]
+    needs = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    has = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
+    faults = [f"{key} unexpected" for key in has if key not in needs]
+    faults += [f"{key} missing" for key in needs if key not in has]
+    faults += [f"{k} {has[k]} where {n} is needed" for k, n in needs.items() if has.get(k, n) != n]
     if faults:
         raise ValueError("these weights are not of this encoder: " + "; ".join(faults))
     encoder.load_state_dict(state_dict)
@@ -47,7 +45,6 @@ def read_encoder(path, model, init_key=""):
     """-> the encoder in a checkpoint, and how many tensors there are beside it.
 
     encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
-    Of several networks in it init_key names one.
     """
     content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
     state_dict = {WRAPPERS.sub("", str(key)): value for key, value in content.get("state_dict", content).items()}
@@ -80,7 +77,5 @@ def make_encoder(config, checkpoint):
     encoder, rest = read_encoder(config.init_from, config.model, config.init_key)
     brought = asdict(encoder.config).items() - asdict(config.model).items()
     by_file = ", ".join(f"{key}={value}" for key, value in sorted(brought)) or "as configured"
-    return encoder, (
-        f"encoder: {len(encoder.state_dict())} tensors of {config.init_from}, {rest} others in it not used; "
-        f"fresh: the head; model, by the file: {by_file}"
-    )
+    line = f"encoder: {len(encoder.state_dict())} tensors of {config.init_from}, {rest} others in it not"
+    return encoder, f"{line} used; fresh: the head; model, by the file: {by_file}"

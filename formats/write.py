@@ -18,27 +18,22 @@ from formats.sources import EV, SOURCES, SYMBOLS, credit, parse_labels, read_sou
 from harness.errors import InputError
 from harness.files import check_file, check_new, sha256
 
-DTYPES = {"z": "uint8", "pos": "float32", "forces": "float32", "id": "int64", "ptr": "int64"}  # of labels: float64
+DTYPES = {"z": "uint8", "pos": "float32", "forces": "float32", "id": "int64", "ptr": "int64"}
 
 
 def as_stored(mol):
-    """A molecule with the file's types; what is too large for float32 becomes inf, which `flaw` finds."""
+    """A molecule with the file's types, or {id, skip: why not}; too large for float32 is inf, a flaw."""
     if "skip" in mol:
         return mol
     with np.errstate(over="ignore"):
-        labels = {name: np.asarray(v, DTYPES.get(name, "float64")) for name, v in mol["labels"].items()}
-        return mol | {"pos": np.asarray(mol["pos"], "float32"), "labels": labels}
-
-
-def unfit(mol):
-    """Why a molecule as it is stored is left out of the file, or ""."""
-    if "skip" in mol:
-        return mol["skip"]
-    return flaw(mol["z"], mol["pos"], mol["labels"]) if abs(mol["id"]) < 2**63 else "an id beyond 64 bits"
+        labels = {k: np.asarray(v, DTYPES.get(k, "float64")) for k, v in mol["labels"].items()}
+        mol = mol | {"pos": np.asarray(mol["pos"], "float32"), "labels": labels}
+    why = flaw(mol["z"], mol["pos"], labels) if abs(mol["id"]) < 2**63 else "an id beyond 64 bits"
+    return {"id": mol["id"], "skip": why} if why else mol
 
 
 class Columns:
-    """Collects the datasets of a file, each in a file of its own in folder, so that memory does not grow."""
+    """Collects the datasets of a file, each in a file of its own, so that memory does not grow."""
 
     def __init__(self, folder, stack):
         self.folder, self.stack, self.parts, self.splits, self.labels = folder, stack, {}, {}, None
@@ -49,7 +44,8 @@ class Columns:
         """Write values (n, ...) to the ends of datasets, by name."""
         for name, value in values.items():
             if name not in self.parts:
-                self.parts[name] = self.stack.enter_context(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115
+                part = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+                self.parts[name] = self.stack.enter_context(part)
             self.parts[name].write(np.asarray(value, DTYPES.get(name, "float64")).tobytes())
 
     def append(self, mol, source):
@@ -71,7 +67,7 @@ class Columns:
         with h5py.File(path, "w") as file:
             file.attrs.update({"schema": SCHEMA, "length_unit": "angstrom"} | attrs)
             for name, part in self.parts.items():
-                dtype = np.dtype((DTYPES.get(name, "float64"), 3 if name in ("pos", "forces") else ()))  # of a row
+                dtype = np.dtype((DTYPES.get(name, "float64"), (3,) * (name in ("pos", "forces"))))  # of a row
                 num = part.tell() // dtype.itemsize
                 dataset = file.create_dataset(name, (num, *dtype.shape), dtype.base)
                 part.seek(0)
@@ -93,18 +89,17 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, ExitStack() as stack:
         columns = Columns(folder, stack)
         for mol in map(as_stored, molecules):
-            if cause := unfit(mol):
+            if cause := mol.get("skip"):
                 count, first = skipped.get(cause, (0, []))
                 skipped[cause] = count + 1, first + [mol["id"]] if count < 5 else first
             else:
                 columns.append(mol, attrs["source"])
                 notes.update(mol.get("notes", ()))
-                notes.update(f"{name[2:]} unknown" for name, v in mol["labels"].items() if np.isnan(v).any())
+                notes.update(f"{k[2:]} unknown" for k, v in mol["labels"].items() if np.isnan(v).any())
         if columns.num_molecules == 0:
             why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
             raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
-        if splits_of:
-            columns.splits |= splits_of(columns.num_molecules)
+        columns.splits |= splits_of(columns.num_molecules) if splits_of else {}
         columns.assemble(f"{folder}/out.h5", attrs, units)
         os.replace(f"{folder}/out.h5", out)
     return columns.num_molecules, columns.num_atoms, skipped, notes
@@ -142,13 +137,11 @@ def convert(source, raws, out, splits_of=None, labels=""):
     if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
         raise InputError("two raw files have the same name, which names their split: rename one", code=2)
     names = [raw.name for raw in raws]
-    attrs = credit(source, raws) | {
-        "source": "\n".join(names),
-        "source_sha256": "\n".join(sha256(raw) for raw in raws),
-        "command": shlex.join(["python", "data.py", source, *names, out.name, *filter(None, [labels])]),
-    }
+    attrs = credit(source, raws) | {"source": "\n".join(names)}
+    attrs["source_sha256"] = "\n".join(map(sha256, raws))
+    attrs["command"] = shlex.join(["python", "data.py", source, *names, out.name, *labels.splitlines()])
     units = SOURCES[source][1] | {dataset: unit for dataset, (_, unit) in asked.items()}
-    molecules = with_labels(read_source(source, raws), asked) if asked else read_source(source, raws)
+    molecules = with_labels(read_source(source, raws), asked)
     save(out, molecules, attrs, units, splits_of if source == "qm9" else None)
 
 
@@ -159,8 +152,8 @@ def sample(molecules, out, num, seed):
     if not 1 <= num <= len(molecules):
         raise InputError(f"num={num}: {molecules.path} has {len(molecules)} molecules", code=2)
     index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
-    names = [name for name in molecules.units if name != "forces"]
-    columns = {name if name == "energy" else f"y/{name}": molecules.label(name)[index] for name in names}
+    units = {name if name in EV else f"y/{name}": unit for name, unit in molecules.units.items()}
+    columns = {k: molecules.label(k.removeprefix("y/"))[index] for k in units if k != "forces"}
     splits = {name: np.isin(index, members) for name, members in molecules.splits.items()}
     forces, ids = "forces" in molecules.units, molecules.ids
 
@@ -175,7 +168,6 @@ def sample(molecules, out, num, seed):
     attrs = molecules.attrs | {"name": f"{molecules.name}, {num} of {len(molecules)} molecules, seed {seed}"}
     command = f"python data.py sample {Path(molecules.path).name} {out.name} num={num} seed={seed}"
     attrs["command"] = f"{molecules.attrs.get('command', '')}\n{command}".strip()
-    units = {name if name in EV else f"y/{name}": unit for name, unit in molecules.units.items()}
     save(out, stream(), attrs, units)
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from harness.errors import InputError
 
+SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}  # that ask to stop
+
 
 def tune_cpu():
     """Make a CPU several times faster with two settings. Call it before any thread starts.
@@ -62,7 +64,7 @@ def leave_ranks():
 
 def follow_parent(*_):
     """In a worker process: a signal to the whole group is the parent's, which ends its workers; end with the parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from harness.errors import InputError, explain
 from harness.files import provenance, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
-from harness.ranks import barrier, follow_parent, join_ranks, leave_ranks, name_of, sum_over_ranks, tune_cpu
+from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, leave_ranks, name_of, sum_over_ranks, tune_cpu
 from harness.settings import check_data, load_config
 from harness.weights import load_adam, require, require_finite, save_torch
 
@@ -147,20 +147,16 @@ class Run:
             write_json(path, {"step": step + 1, "losses": found, "molecules": ids})
         good = f"{last} is from before" if last.exists() else "there is no checkpoint yet"
         barrier()  # torchrun ends the other ranks as soon as one is gone
-        raise InputError(
-            f"the loss is {found['loss']}, its gradient {found['grad_norm']} at step {step + 1}; "
-            f"{path} names that step's molecules; {good}: {REMEDY}"
-        )
+        said = f"the loss is {found['loss']}, its gradient {found['grad_norm']} at step {step + 1}"
+        raise InputError(f"{said}; {path} names that step's molecules; {good}: {REMEDY}")
 
     def catch_signals(self):
         """SIGTERM, SIGINT and SIGHUP let the step end in order; a second one kills.
 
         Under torchrun a second one does not kill: torchrun forwards signals that the ranks may already have.
         """
-        terminal_closed = getattr(signal, "SIGHUP", signal.SIGTERM)
-        previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, terminal_closed)}
-        # nohup asks for SIG_IGN
-        self.handlers = {n: handler for n, handler in previous.items() if handler != signal.SIG_IGN}
+        previous = {n: signal.getsignal(n) for n in SIGNALS}
+        self.handlers = {n: h for n, h in previous.items() if h != signal.SIG_IGN}  # which nohup asks for
         for n in self.handlers:
             signal.signal(n, self.note_signal)
 

@@ -81,10 +81,9 @@ def draw_losses(plt, results, folder):
 def by_task(results):
     """Fine-tuning runs <task>_<start>_s<seed> as {task: {start: [result of each seed]}}."""
     tasks = {}
-    for result in results:
-        name = result["run"].rpartition("_s")[0]
+    for name, repeats in by_arm(results).items():
         start = next(start for start in STARTS if name.endswith(f"_{start}"))
-        tasks.setdefault(name.removesuffix(f"_{start}"), {}).setdefault(start, []).append(result)
+        tasks.setdefault(name.removesuffix(f"_{start}"), {})[start] = repeats
     return tasks
 
 
@@ -95,10 +94,8 @@ def errors_table(results):
         first = next(iter(starts.values()))[0]
         for split, errors in first["test"].items():
             for name in (name for name in errors if "rmse" not in name and "per_atom" not in name):
-                cells = []
-                for start in known:
-                    values = [result["test"][split][name] for result in starts.get(start, ())]
-                    cells.append(" / ".join(f"{value:.4g}" for value in values))
+                found = [[r["test"][split][name] for r in starts.get(start, ())] for start in known]
+                cells = [" / ".join(f"{value:.4g}" for value in values) for values in found]
                 row = f"{task} | {split} | {name} | {first['units'].get(name, '')}"
                 yield f"| {row} | {first['steps']:,} | {' | '.join(cells)} |"
 

@@ -24,12 +24,13 @@ def finetune(config, steps, *more):
     return ["finetune.py", f"configs/{config}.yaml", *SMALL, *length.split(), *more]
 
 
+ENCODERS = {objective: f"results/encoders/{objective}_s1.pt" for objective in ("georecon", "coord")}
+
+
 def arms(name, run):
     """A run from each of the two encoders and from scratch, all else equal."""
-    return {f"{name}_scratch": run} | {
-        f"{name}_{objective}": [*run, f"init_from=results/encoders/{objective}_s1.pt"]
-        for objective in ("georecon", "coord")
-    }
+    pretrained = {f"{name}_{o}": [*run, f"init_from={path}"] for o, path in ENCODERS.items()}
+    return {f"{name}_scratch": run} | pretrained
 
 
 ASPIRIN = arms("aspirin", finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2000"))
@@ -47,11 +48,7 @@ def probe(target, encoder):
     return f"finetune.py configs/probe_qm9.yaml target={target} {parts} init_from={encoder}".split()
 
 
-PROBE = {
-    f"probe_{target}_{objective}": probe(target, f"results/encoders/{objective}_s1.pt")
-    for target in ("gap", "U0")
-    for objective in ("georecon", "coord")
-}
+PROBE = {f"probe_{y}_{o}": probe(y, path) for y in ("gap", "U0") for o, path in ENCODERS.items()}
 
 # objective or architecture: norms of Coord's public code, ours, those of GeoRecon's likely parent
 PUBLIC = ["model.x_norm_layer=false", "model.vec_norm_layer=none", "model.vec_norm_out=whiten"]
@@ -108,12 +105,9 @@ EQUAL |= {r: f"graph_embedding/{r}" for r in ("alpha3", "alpha3_no_g", "coord_no
 
 def from_own_seed(tasks, encoders):
     """Each task from each encoder; the pretraining and the fine-tuning have the same seed."""
-    return {
-        f"{task}_{start}_s{n}": [*run, f"init_from=out/{encoder}_s{n}/encoder.pt", f"seed={n}"]
-        for task, run in tasks.items()
-        for start, encoder in encoders.items()
-        for n in (1, 2)
-    }
+    starts = [(start, encoder, n) for start, encoder in encoders.items() for n in (1, 2)]
+    more = {f"{s}_s{n}": [f"init_from=out/{e}_s{n}/encoder.pt", f"seed={n}"] for s, e, n in starts}
+    return {f"{task}_{s}": [*run, *words] for task, run in tasks.items() for s, words in more.items()}
 
 
 SMALL_RUNS = ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN

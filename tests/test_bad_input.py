@@ -510,7 +510,7 @@ CASES = [
     ("ntk", ["run/last.pt", "data=ok.h5"], 1, "no step_<n>.pt of finetune"),
     ("ntk", ["gap/last.pt", "data=ok.h5", "num_molecules=3"], 2, "two or more"),
     ("ntk", ["gap/last.pt", "exact=true"], 2, "unknown key exact"),
-    ("ntk", ["gap/step_0.pt", "gap/last.pt", "data=nan_gap.h5", "num_molecules=3"], 2, "with a known gap"),
+    ("ntk", ["gap/step_0.pt", "gap/last.pt", "data=nan_gap.h5", "num_molecules=3"], 2, "gap known"),
     ("benchmark", ["encoders"], 2, "there are encoder"),
     ("benchmark", ["rounds=0"], 2, "at least 1"),
     ("benchmark", ["alone"], 2, "there are encoder"),

@@ -68,13 +68,9 @@ def race(contenders, rounds, device):
     return times
 
 
-def peer_is_installed():
-    return importlib.util.find_spec("torchmdnet") is not None
-
-
 def peer_of(model):
     """TorchMD-NET's model with the weights of a PropertyModel; None if it is not installed."""
-    if not peer_is_installed():
+    if not importlib.util.find_spec("torchmdnet"):
         return None
     with explain("torchmd-net cannot be imported, install it again or remove it", ImportError):
         from torchmdnet.models.model import create_model
@@ -94,8 +90,7 @@ def peer_of(model):
     ours |= {f"output_model.{key}": w for key, w in model.head.state_dict().items()}
     theirs = peer.state_dict()
     matched = {key: ours.get(key.replace("update_net.layers.", "update_net.")) for key in theirs}
-    unknown = [key for key, _ in peer.named_parameters() if matched[key] is None]
-    if unknown:
+    if unknown := [key for key, _ in peer.named_parameters() if matched[key] is None]:
         raise InputError(f"torchmd-net has other weights than 3.1.0: {', '.join(unknown)}")
     peer.load_state_dict({key: theirs[key] if w is None else w for key, w in matched.items()})
     return peer
@@ -188,11 +183,9 @@ def forces_contenders(frames, training, config, device):
     return {name: partial(energy_and_forces, one, mol, training) for name, one in models.items()}
 
 
+PAIRS = list(product(("small", "larger"), ("forward", "step")))
 WORKLOADS = {
-    "encoder": {
-        f"encoder, {file}, {kind}": partial(encoder_contenders, file, kind == "step")
-        for file, kind in product(("small", "larger"), ("forward", "step"))
-    },
+    "encoder": {f"encoder, {f}, {kind}": partial(encoder_contenders, f, kind == "step") for f, kind in PAIRS},
     "pretrain": {"pretrain": pretrain_contenders},
     "forces": {f"forces, {n} frames": partial(forces_contenders, n, True) for n in (4, 32)},
     "md": {"md, 1 frame": partial(forces_contenders, 1, False)},
@@ -230,7 +223,8 @@ def main(arguments):
     if config.device == "cpu":
         torch.set_num_threads(1)
     tune_cpu()
-    peer = importlib.metadata.version("torchmd-net") if peer_is_installed() else "not installed"
+    installed = importlib.util.find_spec("torchmdnet")
+    peer = importlib.metadata.version("torchmd-net") if installed else "not installed"
     print(f"torchmd-net: {peer}\n{'':<56}{'time':>18}{'faster':>9}")
     about = provenance(device) | {"peer": peer, "settings": asdict(config)}
     cases = {}
