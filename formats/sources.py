@@ -31,8 +31,8 @@ HAR2EV = 27.211386246  # eV per Hartree
 SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y
 Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
 Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
-NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity)\s*", re.I)
-SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n(.*)$(?!\n *[^>\s])", re.M)  # name, value of one line
+NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)((e|d|\*\^)[-+]?\d+)?|inf|infinity)\s*", re.I)
+SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n((?:[^>\n].*\n?)*)", re.M)  # name, value
 ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
 # name and unit here, column in qm9pack (sic); in the order of the xyz comment line
 QM9_LABELS = """A GHz RotA_GHz, B GHz RotB_GHz, C GHz RotC_GHz, mu D Dipole_debye,
@@ -109,13 +109,13 @@ def parallel(function, items, chunk=256):
 
 
 def number(text):
-    """A float as Python or Mathematica write it: 1.5e-6, 1.5*^-6."""
-    return float(text.replace("*^", "e"))
+    """A float as Python, Mathematica or Fortran write it: 1.5e-6, 1.5*^-6, 1.5D-6."""
+    return float(re.sub(r"\*\^|[dD]", "e", text))
 
 
 def numbers(said):
     """{name: value} -> {name: float} of values that are one number; True and arrays are none."""
-    return {name: float(str(v)) for name, v in said.items() if NUMBER.fullmatch(str(v))}
+    return {name: number(str(v)) for name, v in said.items() if NUMBER.fullmatch(str(v))}
 
 
 def xyz_atoms(rows):
@@ -159,8 +159,9 @@ def parse_sdf(items, titled):
         else:
             z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
             pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
-            mol = {"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(dict(SDF_TAG.findall(block)))}
-            molecules.append(mol | {"notes": {f"not read: {name}" for name in mol["tags"]}})
+            said = dict(SDF_TAG.findall(block))
+            notes = {f"not read: {name}" for name, text in said.items() if re.match(r"\s*[-+.\d]", text)}
+            molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(said), "notes": notes})
     return molecules
 
 
@@ -240,9 +241,8 @@ def read_pcqm4mv2(raw):
         return
     with zipfile.ZipFile(raw) as archive:
         names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
-        for k, (stem, _) in enumerate(names):
-            if not stem.isdecimal():
-                yield {"id": k, "skip": "the file's name is no number"}
+        strange = [k for k, (stem, _) in enumerate(names) if not stem.isdecimal()]
+        yield from ({"id": k, "skip": "the file's name is no number"} for k in strange)
         names = sorted((int(stem), name) for stem, name in names if stem.isdecimal())
         yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
 
@@ -264,18 +264,20 @@ LONE_UNITS = {"hartree", "ha", "bohr", "kcal", "kcal/mol", "kj/mol", "ry", "rydb
 
 
 def check_units(stated, energy, where):
-    """Refuse other units than energy and angstrom, under whatever key: stated {key: one, several, or by quantity}."""
+    """Refuse other units than energy and angstrom, under whatever key: stated {key: value}."""
     claims = {key: value for key, value in stated.items() if "unit" in key.lower()}
     claims |= {key: key.lower() for key in stated if key.lower() in LONE_UNITS}
     claims |= {key: m[1] for key in stated if (m := re.fullmatch(r"(?:positions|cell)(\w+)", key))}  # i-PI, without {}
     for key, value in claims.items():
-        entries = value if isinstance(value, dict) else {f"{key} {k}": text for k, text in enumerate(np.ravel(value))}
-        for name, text in entries.items():
+        said = re.sub(r"[][{}\"']", "", str(np.ravel(value).tolist()))  # one, several, or by quantity
+        for name, _, text in (entry.rpartition(":") for entry in re.split("[,;]", said)):
             unit = re.sub(r"[\s*]+", "", str(text).lower()).replace("mol^-1", "/mol").replace("mol-1", "/mol")
             unit = re.sub(r"(^|/)(angstroms?|ångströms?|ang|å|a)$", r"\1angstrom", unit)
             fits = unit in (energy.lower(), "angstrom", f"{energy.lower()}/angstrom")
             if not fits and not NOT_READ.search(f"{key} {name}".lower()):
-                raise InputError(f"{where}: its {key} says {text}: convert the numbers to {energy} and angstrom first")
+                raise InputError(
+                    f"{where}: its {key} says {text.strip()}: convert the numbers to {energy} and angstrom first"
+                )
 
 
 def read_npz(raw, keys, index=None):
@@ -306,10 +308,9 @@ def read_npz(raw, keys, index=None):
         if (ids != ids.astype(np.int64)).any():
             raise InputError(f"{raw}: {index} must be whole numbers")
     for k, key in enumerate(ids):
-        labels = {"energy": float(energy.flat[k]), "forces": forces[k]}
         tags = {name: float(a[k]) for name, a in columns.items() if not np.isnan(a[k])}
-        mol = {"id": int(key), "z": z.astype(np.int64), "pos": pos[k], "labels": labels}
-        yield mol | {"notes": notes, "tags": tags}
+        mol = {"id": int(key), "z": z.astype(np.int64), "pos": pos[k], "notes": notes, "tags": tags}
+        yield mol | {"labels": {"energy": float(energy.flat[k]), "forces": forces[k]}}
 
 
 def xyz_labels(key, atoms, levels, forces):

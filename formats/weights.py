@@ -24,8 +24,7 @@ def load_representation(encoder, state_dict, init_key=""):
     chosen = [o for o, name in names.items() if not init_key or asked in (name, o.rstrip("."))]
     if owners and len(chosen) != 1:
         said = f"no network {init_key!r}" if init_key else "several networks"
-        there = ", ".join(sorted(names.values()))
-        raise ValueError(f"it holds {said}: name one with init_key=, there are {there}")
+        raise ValueError(f"it holds {said}: name one with init_key=, there are {', '.join(sorted(names.values()))}")
     for owner in chosen:
         others = tuple(other for other in owners if len(other) > len(owner))
         inside = [key for key in state_dict if key.startswith(owner) and not key.startswith(others)]
@@ -49,13 +48,14 @@ def read_encoder(path, model, init_key=""):
     content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
     state_dict = {WRAPPERS.sub("", str(key)): value for key, value in content.get("state_dict", content).items()}
     with explain(f"no encoder can be made of {path}"):
+        if len(state_dict) < len(content.get("state_dict", content)):
+            raise ValueError("it holds several networks of one name but for a wrapper's: save one apart")
         if "schema" in content:
             if content["schema"] != "georecon/1":
                 raise ValueError(f"its schema is {content['schema']}, not georecon/1")
             # vector_cutoff has no weights, so it may be turned on after pretraining
-            vector_cutoff = model.vector_cutoff
-            model = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
-            model = replace(model, vector_cutoff=model.vector_cutoff or vector_cutoff)
+            own = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
+            model = replace(own, vector_cutoff=own.vector_cutoff or model.vector_cutoff)
         encoder = new_encoder(model)
         load_representation(encoder, state_dict, init_key)
     return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())

@@ -72,8 +72,7 @@ class Columns:
                 dataset = file.create_dataset(name, (num, *dtype.shape), dtype.base)
                 part.seek(0)
                 for start in range(0, num, rows):
-                    piece = np.frombuffer(part.read(rows * dtype.itemsize), dtype.base)
-                    dataset[start : start + rows] = piece.reshape(-1, *dtype.shape)
+                    dataset[start : start + rows] = np.frombuffer(part.read(rows * dtype.itemsize), dtype)
             for name, values in self.splits.items():
                 file[f"split/{name}"] = np.asarray(values, dtype="int64")
             for name in self.labels:

@@ -111,8 +111,7 @@ def use(method, config, starts, clean, sizes, formulas, rng):
         figures[f"rise_{name}"] = 100 * rise.mean().item()
         figures[f"rise_{name}_error"] = 100 * rise.std().item() / math.sqrt(len(rise))
     blank = rec_losses(method, config, starts, clean.mean(0).expand_as(clean))
-    figures["rise_mean"] = 100 * (blank.mean() / true.mean() - 1).item()
-    return figures
+    return figures | {"rise_mean": 100 * (blank.mean() / true.mean() - 1).item()}
 
 
 def mean_cosine_of_torsions(z, pos):

@@ -45,6 +45,10 @@ def xyz(path, *comments, atoms=WATER):
         ("Hartree", "its Hartree says hartree"),
         ("positions{atomic_unit} cell{angstrom}", "says atomic_unit"),
         ('units="_JSON {\\"energy\\": \\"Hartree\\", \\"length\\": \\"Ang\\"}"', "its units says Hartree"),
+        ('units=\'{"energy": "Hartree"}\'', "its units says Hartree"),
+        ("units=\"{'energy': 'Ry', 'length': 'Ang'}\"", "its units says Ry"),
+        ('energy_unit="kcal/mol"', "its energy_unit says kcal/mol"),
+        ("Properties_unit=eV/Bohr", "its Properties_unit says eV/Bohr"),
         ('units="_JSON [\\"eV\\", \\"Bohr\\"]"', "its units says Bohr"),
     ],
 )
@@ -64,11 +68,20 @@ def test_a_unit_under_any_name_is_read(tmp_path, stated, words, labelled):
         "units=eV/Angstrom time_unit=fs",
         'units="_JSON {\\"time\\": \\"fs\\", \\"energy\\": \\"eV\\", \\"momenta\\": \\"(eV*u)^0.5\\"}"',
         "positions{angstrom}",
+        'units=\'{"energy": "eV", "length": "Ang"}\'',
+        'units="energy: eV, forces: eV/A"',
     ],
 )
 def test_units_that_fit_are_taken(tmp_path, stated):
     m = convert("xyz", [xyz(tmp_path / "a.xyz", f"{FORCES} energy=-2076.0 {stated}")], tmp_path / "a.h5")
     assert m.label("energy").tolist() == [-2076.0] and m.units["forces"] == "eV/angstrom"
+
+
+def test_lengths_that_are_no_angstrom_leave_no_molecule(tmp_path):
+    """In nm, without labels and unsaid: bonds of 0.1 are no bonds."""
+    path = xyz(tmp_path / "a.xyz", "water", atoms="O 0 0 0.0119\nH 0 0.0763 -0.0477\nH 0 -0.0763 -0.0477\n")
+    with pytest.raises(InputError, match=r"no molecule that can be used \(two atoms closer than 0.5 Å: 1\)"):
+        convert("xyz", [path], tmp_path / "a.h5")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +195,16 @@ def test_entries_of_an_xyz_and_arrays_of_an_npz_become_labels(tmp_path, capsys):
     assert m.label("S_T").tolist() == [0, 1, 2, 3] and "not read: dipole (4" in capsys.readouterr().out
 
 
+def test_tags_with_units_in_their_names_and_fortran_numbers(tmp_path, capsys):
+    tags = "> <E (eV/mol)>\r\n -1.0D+01 \r\n\r\n> 25 <a:b> (1)\r\n7.5\r\n\r\n> <comma>\r\n0,31\r\n\r\n"
+    path = tmp_path / "a.sdf"
+    path.write_bytes((sdf("1", BENT, "3D").replace("\n", "\r\n").replace("$$$$", f"{tags}$$$$")).encode())
+    m = convert_with("sdf", path, tmp_path / "a.h5", "E (eV/mol):eV/mol,a:b:1")
+    assert m.units == {"E (eV_mol)": "eV/mol", "a:b": "1"}
+    assert m.label("E (eV_mol)").tolist() == [-10.0] and m.label("a:b").tolist() == [7.5]
+    assert "not read: comma (1 molecules)" in capsys.readouterr().out
+
+
 def test_infinity_is_no_label(tmp_path, capsys):
     m = convert_with("xyz", xyz(tmp_path / "a.xyz", "gap=0.5", "gap=inf"), tmp_path / "a.h5", "gap:eV")
     assert m.label("gap").tolist() == [0.5] and "1: a label that is not finite (id 1)" in capsys.readouterr().out
@@ -280,12 +303,19 @@ def test_two_networks_in_one_file_are_named(two_networks):
 
 def test_a_key_for_one_network_must_name_it(tmp_path):
     weights = EquivariantTransformer(SMALL).state_dict()
-    for prefix, key in (("model.representation_model.", "model"), ("net._orig_mod.", "net"), ("", ".")):
+    for prefix, key in (("model.module.", "model"), ("net._orig_mod.", "net"), ("", ".")):
         torch.save({f"{prefix}{name}": value for name, value in weights.items()}, tmp_path / "a.pt")
         for given in ("", key):
             assert same_weights(read_encoder(tmp_path / "a.pt", SMALL, given)[0].state_dict(), weights)
         with pytest.raises(InputError, match=f"no network 'student': .* there are {re.escape(key)}"):
             read_encoder(tmp_path / "a.pt", SMALL, "student")
+
+
+def test_networks_that_differ_by_a_wrapper_alone_are_not_mixed(tmp_path):
+    first, second = (EquivariantTransformer(SMALL).state_dict() for _ in range(2))
+    torch.save(first | {f"module.{key}": value for key, value in second.items()}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="several networks of one name but for a wrapper's"):
+        read_encoder(tmp_path / "a.pt", SMALL)
 
 
 def test_a_run_takes_the_network_asked_for_and_resumes_with_it(two_networks, tmp_path, monkeypatch):
