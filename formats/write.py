@@ -26,7 +26,7 @@ def as_stored(mol):
     if "skip" in mol:
         return mol
     with np.errstate(over="ignore"):
-        labels = {k: np.asarray(v, DTYPES.get(k, "float64")) for k, v in mol["labels"].items()}
+        labels = {k: np.asarray(v, "float32") if k == "forces" else v for k, v in mol["labels"].items()}
         mol = mol | {"pos": np.asarray(mol["pos"], "float32"), "labels": labels}
     why = flaw(mol["z"], mol["pos"], labels) if abs(mol["id"]) < 2**63 else "an id beyond 64 bits"
     return {"id": mol["id"], "skip": why} if why else mol
@@ -94,7 +94,7 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
             else:
                 columns.append(mol, attrs["source"])
                 notes.update(mol.get("notes", ()))
-                notes.update(f"{k[2:]} unknown" for k, v in mol["labels"].items() if np.isnan(v).any())
+                notes.update(f"{k[2:]} unknown" for k, v in mol["labels"].items() if k[:2] == "y/" and np.isnan(v))
         if columns.num_molecules == 0:
             why = "; ".join(f"{cause}: {count}" for cause, (count, _) in skipped.items()) or "the source is empty"
             raise InputError(f"{attrs['source']}: no molecule that can be used ({why})")
