@@ -10,7 +10,6 @@
     md17 md22 rmd17   *.npz          sdf   *.sdf[.gz] (rdkit)          xyz   *.xyz, extended (ase)
 Several RAW (not qm9, pcqm4mv2): the stem of each file becomes a named split. labels= reads further numbers, such as
 "labels=logS:log mol/L,gap:eV": tags of an SDF, entries of an xyz comment, arrays of an npz with one number a frame.
-formats/schema.py tells what a file holds, formats/sources.py and formats/write.py make one.
 """
 
 import os
@@ -61,7 +60,7 @@ class Molecules:
         return sha256(self.path)
 
     def split(self, name, label=""):
-        """Indices of a named split, or of all molecules if name is empty, whose y/<label> is known."""
+        """Indices of a named split, or of all molecules if name is "", whose y/<label> is known."""
         if name and name not in self.splits:
             has = ", ".join(self.splits) or "none"
             raise InputError(f"split = {name}: {self.path} has no such split, it has {has}", code=2)
@@ -174,7 +173,7 @@ def qm9_splits(num):
 
 
 def choose(molecules, split, size, name, label=""):
-    """Draw size molecules (0: all; name: its setting) of a split, the same for every config.seed."""
+    """Draw size molecules (0: all; name: its setting) of a split, the same for every seed."""
     index = molecules.split(split, label)
     if size > len(index):
         where = f"{split or molecules.path}{label and f', {label} known'}"
@@ -203,12 +202,10 @@ class StepBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, accumulate=1, forces=False):
-        self.forces = forces
-        self.molecules, self.index = molecules, np.asarray(index, dtype=np.int64)
+        self.molecules, self.index, self.forces = molecules, np.asarray(index, dtype=np.int64), forces
         self.batch_size, self.seed, self.rank, self.world, self.accumulate = batch_size, seed, rank, world, accumulate
-        if batch_size < 1 or batch_size % (world * accumulate):
-            parts = f"ranks x accumulate = {world} x {accumulate}"
-            raise InputError(f"batch_size {batch_size} must be a multiple of {parts}", code=2)
+        if batch_size < 1 or batch_size % (parts := world * accumulate):
+            raise InputError(f"batch_size {batch_size} must be a multiple of ranks x accumulate = {parts}", code=2)
         if batch_size > len(self.index):
             raise InputError(f"batch_size {batch_size} is more than the {len(index)} molecules", code=2)
         self.steps_per_epoch = len(self.index) // batch_size
@@ -238,11 +235,12 @@ class StepBatches(torch.utils.data.Dataset):
 
 
 def main(argv):
-    from formats.sources import SOURCES  # training does not need them
+    from beyond.rotors import add_rotors  # training does not need them
+    from formats.sources import SOURCES
     from formats.write import convert, info, sample
 
     usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...] (SOURCE: {' '.join(SOURCES)}), "
-    usage += "or info FILE.h5, or sample FILE.h5 OUT.h5 num=2000 seed=1; --help says more"
+    usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, or rotors FILE.h5 [RAW] OUT.h5; --help says more"
     end = next((k for k, word in enumerate(argv) if word.startswith("labels=")), len(argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped cleans up as Ctrl-C does
     match argv:
@@ -251,8 +249,6 @@ def main(argv):
         case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
             sample(Molecules(path), out, int(m[1]), int(m[2]))
         case ["rotors", path, *raw, out] if len(raw) < 2:
-            from beyond.rotors import add_rotors
-
             add_rotors(path, out, *raw)
         case [source, *_] if source in SOURCES and end > 2:  # labels= may have lost its quotes
             convert(source, argv[1 : end - 1], argv[end - 1], qm9_splits, " ".join(argv[end:]))

@@ -61,7 +61,7 @@ class FinetuneConfig:
     train_split: str = ""  # named splits of the file; without them, random parts of all molecules
     val_split: str = ""
     test_split: str = ""  # several, separated by commas, are reported apart
-    train_size: int = setting(0, low=0)  # 0: all of the named split, or what the other parts leave over
+    train_size: int = setting(0, low=0)  # 0: all of the named split, or what others leave over
     val_size: int = setting(0, low=0)
     test_size: int = setting(0, low=0)
     out_dir: str = ""  # empty: out/<name of the config>
@@ -207,7 +207,7 @@ class Labels:
             self.std = max(self.std, 1e-3 * forces.square().mean().sqrt().item())
         self.remark = "after fitted atom references" if has_references else "no atom references"
         if has_references and np.linalg.matrix_rank(counts) < len(self.elements):
-            self.remark += "; too few compositions to tell the elements apart: valid for these alone"
+            self.remark += "; too few compositions to tell elements apart: valid for these alone"
         elif not has_references and np.var(self.raw[train] - counts @ fit) < 0.01 * np.var(self.raw[train]):
             self.remark += "; it grows with the molecule: try references=fit"
         held = {name: molecules.composition(index, max_z, self.forces).any(0) for name, index in others.items()}
@@ -330,7 +330,7 @@ BEST = {"schema": "georecon/1", "model": dict, "state_dict": dict, "property": A
 
 
 def load_property_model(path, device="cpu"):
-    """-> the PropertyModel of a best.pt, in evaluation mode, and what the file says of it (a dict)."""
+    """-> the PropertyModel of a best.pt, in evaluation mode, and what the file says of it."""
     content = read_torch(path, "name the best.pt of a run of finetune.py; a linear probe leaves none")
     with explain(f"{path} is no best.pt of finetune.py that fits this code's model"):
         require(content, BEST, "the file")

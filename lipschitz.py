@@ -1,4 +1,4 @@
-"""Analysis: how smooth is the pooled embedding h of an encoder? Table 1, Table 5's row and Figure 2.
+"""Analysis: how smooth is the pooled embedding h of an encoder? Tables 1 and 5, Figure 2.
 
     python lipschitz.py out/a/encoder.pt out/b/encoder.pt data=data/qm9_demo.h5
 

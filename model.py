@@ -17,7 +17,7 @@ GeoRecon (Yan, Li, Zhang) trains it, see pretrain.py. This file reads from leaf 
     K  radial functions         edge_attr (P, K)
     H  attention heads of D = F / H channels
 
-`python model.py` builds the encoder, prints what it returns and how exactly it turns with a molecule.
+`python model.py` builds the encoder, prints what it returns and how well it turns with a molecule.
 """
 
 import math
@@ -132,7 +132,7 @@ class Graph(NamedTuple):
     cutoff: torch.Tensor  # (P, 1) C(distance)
     edge_attr: torch.Tensor  # (P, K) rbf(distance)
     self_attr: torch.Tensor  # (1, K) rbf(0): a self-loop has distance 0, C = 1 and no direction
-    inside: torch.Tensor | None = None  # (P, 1) 1, and 0 for a pair beyond the cutoff; None: all are 1
+    inside: torch.Tensor | None = None  # (P, 1) 1, or 0 for a pair beyond the cutoff; None: all 1
 
 
 class NeighborEmbedding(nn.Module):
@@ -238,7 +238,7 @@ class EquivariantMultiHeadAttention(nn.Module):
         return self.update(y, w, vec)
 
     def first(self, x, graph):
-        """forward() of the first layer. vec is zero there, so every term with vec or v^1 drops out."""
+        """forward() of the first layer. vec is zero there: every term with vec or v^1 drops out."""
         q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
         v_x, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[::2])  # (N, F)
         parts = self.parts(self.dv_proj)
@@ -517,7 +517,7 @@ ATOMIC_MASSES = tuple(map(float, STANDARD_WEIGHTS.split()))
 def centred(z, pos, batch, num_molecules):
     """Positions from the centre of mass of each molecule: (N,), (N, 3), (N,) -> (N, 3)."""
     masses = pos.new_tensor(ATOMIC_MASSES)  # (93,)
-    mass = masses[z.clamp(max=len(masses) - 1)].unsqueeze(1)  # (N, 1); beyond uranium all weigh alike
+    mass = masses[z.clamp(max=len(masses) - 1)].unsqueeze(1)  # (N, 1); past uranium all weigh alike
     centre = scatter_sum(mass * pos, batch, num_molecules) / scatter_sum(mass, batch, num_molecules)  # (B, 3)
     return pos - centre.index_select(0, batch)
 
@@ -552,7 +552,7 @@ def save_encoder(encoder):
 
 
 def load_encoder(path):
-    """The ready encoder of an encoder.pt, on the CPU; a ValueError says what is wrong with the file."""
+    """The encoder of an encoder.pt, on the CPU; a ValueError says what is wrong with the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["schema"] != "georecon/1":

@@ -61,7 +61,7 @@ class PretrainConfig:
     alpha: float = setting(1.0, low=0)  # Sec. 4.1: noise of the rec variant in units of sigma, "set to 1 for default"
     w_noise: float = setting(1.0, low=0)  # PAPER-SILENT: Coord's denoising_weight
     w_clean: float = setting(1.0, low=0)  # PAPER-SILENT
-    w_rec: float = setting(0.45, low=0)  # PAPER-SILENT for the main run; the middle of Table 7's sweep
+    w_rec: float = setting(0.45, low=0)  # PAPER-SILENT for the main run; the middle of Table 7
     decoder_layers: int = setting(1, low=0)  # PAPER-SILENT: "lightweight"
     decoder_vec: bool = True  # PAPER-SILENT: the decoder starts from vec of the encoder; false: from zero
     decoder_graph_emb: bool = True  # false: the decoder sees zero in place of g, a control that the paper lacks
@@ -82,7 +82,7 @@ class PretrainConfig:
     precision: str = setting("32", choices=("32", "bf16"))  # bf16: the products of the linear layers alone
 
     inference_batch_size: int = setting(70, low=1)
-    num_workers: int = setting(0, low=0)  # loader processes per rank; 0: read in the training process
+    num_workers: int = setting(0, low=0)  # loader processes a rank; 0: read in the training process
     compile: bool = False  # attention layers by torch.compile: 1.4 times as fast on one CPU core, after a minute
     deterministic: bool = False  # bitwise repeatable on CUDA too, at some cost; the CPU always is
     log_every: int = setting(100, low=1)
@@ -241,7 +241,7 @@ def backward(net, parts, losses_of, world):
         more_to_come = isinstance(net, DistributedDataParallel) and k < len(parts) - 1
         with net.no_sync() if more_to_come else nullcontext():
             losses = losses_of(part)
-            (losses["loss"] * world).backward()  # DDP divides the sum of the ranks' gradients by world
+            (losses["loss"] * world).backward()  # DDP divides the ranks' sum of gradients by world
         for name, loss in losses.items():
             share[name] = share.get(name, 0.0) + loss.detach()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]

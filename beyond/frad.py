@@ -1,4 +1,4 @@
-"""Frad, fractional denoising: turn torsions, noise the coordinates, predict the coordinate noise alone.
+"""Frad, fractional denoising: turn torsions, noise the coordinates, predict that noise alone.
 
 Feng et al., "Fractional Denoising for 3D Molecular Pre-training", arXiv:2307.10683. For each
 rotatable bond
@@ -71,7 +71,7 @@ class Rotors:
 
     def __init__(self, molecules):
         self.path, self.ptr = molecules.path, molecules.ptr
-        self._file = None  # opened on first use, in each process: an HDF5 handle must not cross a fork
+        self._file = None  # opened in each process: an HDF5 handle must not cross a fork
         remedy = "`python data.py rotors FILE.h5 OUT.h5` adds them, `python data.py --help` says more"
         with explain(f"{self.path}: its rotors are damaged, {remedy}", *FOREIGN), h5py.File(self.path, "r") as file:
             if "rotor" not in file:
@@ -91,7 +91,7 @@ class Rotors:
         return self.__dict__ | {"_file": None}
 
     def _rows(self, name, ptr, index):
-        """Rows ptr[m]:ptr[m+1] of a dataset for each m of index, end to end, and how many for each."""
+        """Rows ptr[m]:ptr[m+1] of a dataset for each m of index, end to end, and their numbers."""
         with explain(f"{self.path}: dataset rotor/{name} is damaged, add the rotors again", OSError, RuntimeError):
             if self._file is None or self._file[0] != os.getpid():
                 self._file = os.getpid(), h5py.File(self.path, "r")
@@ -105,7 +105,7 @@ class Rotors:
         fragment, atoms = self._rows("fragment", self.ptr, index)  # (N,), (B,)
         of_rotor, of_atom = (np.repeat(np.arange(len(index)), number) for number in (rotors, atoms))  # (R,), (N,)
         first_atom, first_rotor = np.cumsum(atoms) - atoms, np.cumsum(rotors) - rotors  # (B,)
-        own = np.arange(len(bond)) - first_rotor[of_rotor] + 1  # (R,) the fragment that the rotor turns
+        own = np.arange(len(bond)) - first_rotor[of_rotor] + 1  # (R,) the fragment that it turns
 
         def check(bad, batch, why):
             if bad.any():

@@ -1,4 +1,4 @@
-"""PaiNN (Schutt, Unke & Gastegger, arXiv:2102.03150): another backbone for GeoRecon, in torch alone.
+"""PaiNN (Schutt, Unke & Gastegger, arXiv:2102.03150): another backbone, in torch alone.
 
 z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F), as model.py's EquivariantTransformer. N,
 P, F and K are those of model.py, L is the number of layers. The formulas have the paper's names: q
@@ -25,7 +25,7 @@ from model import Linear, cosine_cutoff, linear, radius_graph
 
 
 class Pairs(NamedTuple):
-    """Every pair of atoms within the cutoff, once: both directions of a pair have the same filters."""
+    """Every pair of atoms within the cutoff, once: both directions have the same filters."""
 
     i: torch.Tensor  # (P,) target of the first direction; the second direction runs from i to j
     j: torch.Tensor  # (P,) source of the first direction
@@ -33,14 +33,14 @@ class Pairs(NamedTuple):
 
 
 class LinearSiLU(Linear):
-    """silu(W x + b), one module: schnetpack's names count the linear layers alone, `.0` and `.1`."""
+    """silu(W x + b) in one module: schnetpack's names count linear layers alone, `.0` and `.1`."""
 
     def forward(self, x):
         return silu(super().forward(x))
 
 
 class GaussianSmearing(nn.Module):
-    """g_k(d) = exp(-(d - o_k)^2 / (2 w^2)), o from 0 to cutoff in steps of w: distance (P,) -> (P, K).
+    """g_k(d) = exp(-(d - o_k)^2 / (2 w^2)), o from 0 to cutoff by w: distance (P,) -> (P, K).
 
     DEVIATION: schnetpack's default. The paper has sin(k pi d / cutoff) / d.
     """
@@ -121,7 +121,7 @@ class PaiNNMixing(nn.Module):
 
 
 class PaiNN(nn.Module):
-    """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F) invariant, vec (N, 3, F) equivariant."""
+    """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F) equivariant."""
 
     def __init__(self, config):
         super().__init__()

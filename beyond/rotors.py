@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 
 from formats.schema import read_contents
-from formats.sources import open_raw, parallel, qm9_rows, readable, sdf_blocks, tar_members
+from formats.sources import files_in, parallel, qm9_rows, readable, sdf_blocks
 from harness.errors import FOREIGN, InputError, explain, need
 from harness.files import check_file, check_new
 
@@ -58,7 +58,7 @@ def fitting(_, z, pos, mol):
 
 
 def from_smiles(smiles, z, pos):
-    """QM9: the atoms of SMILES, then their hydrogens, are in the file's order but for 0.3 % of it."""
+    """QM9: the atoms of SMILES, then their hydrogens, have the file's order but for 0.3 %."""
     Chem, *_ = chemistry()
     mol = Chem.MolFromSmiles(smiles)
     return fitting(None, z, pos, mol and Chem.AddHs(mol))
@@ -97,7 +97,7 @@ def from_geometry(_, z, pos):
 
 
 def rotors(mol):
-    """A molecule of RDKit, of which the bonds alone count -> bond (R, 2), fragment (n,), both uint16.
+    """A molecule of RDKit, whose bonds alone count -> bond (R, 2), fragment (n,), both uint16.
 
     Without the rotatable bonds it falls into rigid pieces. They form a tree, or one for each part
     of the molecule. Which piece is the root is free: it is the largest. Rotors are numbered breadth
@@ -137,16 +137,15 @@ def search(items, bonds_of):
 
 def sdf_texts(raw):
     """(id, block) under both ids that a converter may have given it: its place, and the number its title ends with."""
-    with open_raw(raw) as file:
-        files = (part for name, part in tar_members(raw) if name.endswith(".sdf")) if ".tar" in raw.suffixes else [file]
-        for place, block in enumerate(block for part in files for block in sdf_blocks(part)):
-            title = re.search(r"(?<!\d)\d{1,18}$", block.partition("\n")[0].strip())  # 17, gdb_17
-            for key in {place, int(title[0]) if title else place}:
-                yield key, block
+    files = (part for name, part in files_in(raw) if name.endswith(".sdf") or ".tar" not in raw.suffixes)
+    for place, block in enumerate(block for part in files for block in sdf_blocks(part)):
+        title = re.search(r"(?<!\d)\d{1,18}$", block.partition("\n")[0].strip())  # 17, gdb_17
+        for key in {place, int(title[0]) if title else place}:
+            yield key, block
 
 
 def texts(raw):
-    """(id, text) of each molecule of RAW, what makes bonds of a text, and what the texts are called."""
+    """(id, text) of each molecule of RAW, what makes bonds of a text, and the name of the texts."""
     if raw.suffix == ".whl":
         rows = qm9_rows(raw, ("Index", "SMILES"))
         return ((int(row["Index"]), row["SMILES"]) for row in rows), from_smiles, "SMILES"

@@ -1,4 +1,4 @@
-"""SCD, self-conditioned denoising (arXiv:2603.17196): the pooled clean molecule conditions each layer.
+"""SCD, self-conditioned denoising (arXiv:2603.17196): the clean molecule conditions each layer.
 
     python pretrain.py configs/qm9_scd.yaml
 
@@ -10,7 +10,7 @@ a molecule trains on the mask token in place of g. All later stages run the enco
 token: encoder(z, pos, batch).
 
 Facts of the method are from its public code. Two controls: `model.backbone: adaptive` with
-`objective: coord` has this network and no g at all; `mask_probability: 1` has both encodings without g.
+`objective: coord` has this network and no g; `mask_probability: 1` has both encodings without g.
 """
 
 import math
@@ -24,7 +24,7 @@ from model import EquivariantTransformer, EquivariantVectorOutput, Linear, scatt
 
 
 class AdaptiveNorm(nn.Module):
-    """What the condition c_i makes of a layer's input and output: x, c (N, F) -> h (N, F), gate (N, F).
+    """What a condition c_i makes of a layer's input and output: x, c (N, F) -> h (N, F), gate (N, F).
 
         x0                 = LayerNorm(x)
         shift, scale, gate = MLP([c || x0])

@@ -12,8 +12,6 @@ and, where known, license and attribution.
     y/<name>      float64 (M,)     attribute unit; one per property; NaN: unknown
     split/<name>  int64 (n,)       molecules of a split that the source brings along; all of QM9: train, val, test
     rotor/...                      rotatable bonds, where `python data.py rotors` added them: beyond/rotors.py
-
-Datasets are contiguous and uncompressed, so a batch is a few reads at known offsets of the file.
 """
 
 import os

@@ -94,12 +94,11 @@ def parallel(function, items, chunk=256):
     if len(first) < chunk:
         yield from function(first)
         return
-    workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
+    with ProcessPoolExecutor(initializer=follow_parent) as pool:
         pending = deque()
         for piece in itertools.chain([first], chunks):
             pending.append(pool.submit(function, piece))
-            if len(pending) > 2 * workers:
+            if len(pending) > 2 * os.cpu_count():
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
@@ -142,7 +141,7 @@ def parse_xyz(items):
 
 
 def parse_sdf(items, titled):
-    """[(id, SDF block)] -> molecules, hydrogens kept; titled: a title that is a number is the id."""
+    """[(id, SDF block)] -> molecules with hydrogens; titled: a title that is a number is the id."""
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")
@@ -169,17 +168,15 @@ def parse_sdf(items, titled):
 
 
 def qm9_labels(values):
-    """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value in the unit of QM9_LABELS}."""
+    """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value in the unit of QM9_LABELS}"""
     pairs = zip(QM9_LABELS, values, strict=True)
-    return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, *_), value in pairs}
+    return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, _), value in pairs}
 
 
 def qm9_rows(raw, columns):
     """Rows of the tables in qm9pack's wheel, {column: text}; these columns must be there."""
     with zipfile.ZipFile(raw) as wheel:
         members = sorted(name for name in wheel.namelist() if re.search(r"qm9_part\d+\.csv$", name))
-        if not members:
-            raise InputError(f"{raw}: no qm9_part*.csv inside: is it the wheel of qm9pack 1.0.3?")
         for member in members:
             with io.TextIOWrapper(wheel.open(member), newline="") as file:
                 rows = csv.DictReader(file)
@@ -241,14 +238,14 @@ def read_pcqm4mv2(raw):
         return
     with zipfile.ZipFile(raw) as archive:
         names = [(Path(name).stem, name) for name in archive.namelist() if name.endswith(".xyz")]
-        strange = [k for k, (stem, _) in enumerate(names) if not stem.isdecimal()]
-        yield from ({"id": k, "skip": "the file's name is no number"} for k in strange)
+        strange = {"skip": "the file's name is no number"}
+        yield from (strange | {"id": k} for k, (stem, _) in enumerate(names) if not stem.isdecimal())
         names = sorted((int(stem), name) for stem, name in names if stem.isdecimal())
         yield from parallel(parse_xyz, ((key, archive.read(name)) for key, name in names))
 
 
 def read_sdf(raw, titled=True):
-    """An SDF, compressed or in a tar, too; id: a title that is a number, else the place in the file."""
+    """An SDF, compressed or in a tar, too; id: a title that is a number, else the place in it."""
     need("rdkit.Chem", "reading SDF")
     for name, file in files_in(raw):
         if name.endswith(".sdf") or ".tar" not in raw.suffixes:
@@ -275,9 +272,8 @@ def check_units(stated, energy, where):
             unit = re.sub(r"(^|/)(angstroms?|ångströms?|ang|å|a)$", r"\1angstrom", unit)
             fits = unit in (energy.lower(), "angstrom", f"{energy.lower()}/angstrom")
             if not fits and not NOT_READ.search(f"{key} {name}".lower()):
-                raise InputError(
-                    f"{where}: its {key} says {text.strip()}: convert the numbers to {energy} and angstrom first"
-                )
+                told = f"{where}: its {key} says {text.strip()}"
+                raise InputError(f"{told}: convert the numbers to {energy} and angstrom first")
 
 
 def read_npz(raw, keys, index=None):
@@ -304,9 +300,8 @@ def read_npz(raw, keys, index=None):
         raise InputError(f"{raw}: shapes that do not fit each other: {said}")
     if z.dtype.kind not in "iu" or any(values.dtype.kind not in "iuf" for values in (pos, energy, forces, ids)):
         raise InputError(f"{raw}: atomic numbers must be integers, and all else numbers")
-    with np.errstate(invalid="ignore"):
-        if (ids != ids.astype(np.int64)).any():
-            raise InputError(f"{raw}: {index} must be whole numbers")
+    if not np.isfinite(ids).all() or (ids % 1).any():
+        raise InputError(f"{raw}: {index} must be whole numbers")
     for k, key in enumerate(ids):
         tags = {name: float(a[k]) for name, a in columns.items() if not np.isnan(a[k])}
         mol = {"id": int(key), "z": z.astype(np.int64), "pos": pos[k], "notes": notes, "tags": tags}
@@ -421,5 +416,4 @@ def credit(source, raws):
     name, license_, attribution = CREDIT[source]
     if raws[0].suffix == ".whl":
         license_, attribution = f"{license_} (qm9pack: MIT)", f"{attribution}; via {' '.join(stems.split('-')[:2])}"
-    name = f"{name}: {stems}" if "md" in source else name
-    return {"name": name, "license": license_, "attribution": attribution}
+    return {"name": f"{name}: {stems}" if "md" in source else name, "license": license_, "attribution": attribution}

@@ -35,6 +35,9 @@ def load_representation(encoder, state_dict, init_key=""):
     faults = [f"{key} unexpected" for key in has if key not in needs]
     faults += [f"{key} missing" for key in needs if key not in has]
     faults += [f"{k} {has[k]} where {n} is needed" for k, n in needs.items() if has.get(k, n) != n]
+    for name, ours in encoder.named_buffers():
+        if has.get(name) == ours.shape and (state_dict[name] - ours).abs().max() > 1e-4 * ours.abs().max():
+            faults.append(f"{name} are of another cutoff: set model.cutoff_upper to the file's")
     if faults:
         raise ValueError("these weights are not of this encoder: " + "; ".join(faults))
     encoder.load_state_dict(state_dict)

@@ -25,13 +25,13 @@ RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "best.pt", "me
 # a template of last.pt and step_<n>.pt, see weights.require; a stage adds its own entries
 LAST = {"schema": "georecon/1", "config": {"model": dict}, "data_sha256": str, "step": int, "wall_s": float}
 LAST |= {"state_dict": dict, "optimizer": dict}
-# settings that resuming may change: where files lie, how often things are written, how work is cut up
+# settings that resuming may change: where files lie, how often to write, how work is cut up
 FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"}
 FREE_TO_CHANGE |= {"num_workers", "accumulate", "inference_batch_size", "lr_cosine_length"}
 
 
 class Log:
-    """log.jsonl, and the same figures for the eye: a tqdm bar on a terminal, plain lines in a file."""
+    """log.jsonl, and the same figures for the eye: a tqdm bar on a terminal, lines in a file."""
 
     def __init__(self, path, start, stop, active):
         self.path, self.active = path, active

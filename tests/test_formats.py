@@ -107,7 +107,7 @@ def test_qm9_refusals(tmp_path):
     other = tmp_path / "other.whl"
     with zipfile.ZipFile(other, "w") as file:
         file.writestr("numpy/__init__.py", "")
-    refused("is it the wheel of qm9pack", "qm9", [other], out)
+    refused("no molecules inside", "qm9", [other], out)
     wrong = tar(tmp_path / "wrong.tar.gz", {"a.xyz": "1\ncomment\nH 0 0 0\n"})
     refused("a.xyz is not an xyz file of QM9", "qm9", [wrong], out)
     fewer = tar(tmp_path / "fewer.tar", {"a.xyz": qm9_xyz(1).replace("\t6.469", "")})

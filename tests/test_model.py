@@ -263,6 +263,7 @@ def full_encoder():
 def test_a_torchmd_net_state_dict_loads_by_name(peer_shapes, full_encoder, prefix):
     theirs = {name: torch.rand(shape) for name, shape in peer_shapes.items()}
     assert any(".distance." in name for name in theirs) and any("output_model" in name for name in theirs)
+    theirs |= {f"representation_model.{name}": value for name, value in full_encoder.named_buffers()}
     old = "representation_model."
     if prefix:
         state = {name.replace(old, prefix): value for name, value in theirs.items()}
@@ -273,6 +274,13 @@ def test_a_torchmd_net_state_dict_loads_by_name(peer_shapes, full_encoder, prefi
     assert {old + name for name in loaded} == {n for n in theirs if n.startswith(old) and ".distance." not in n}
     for name, value in loaded.items():
         assert torch.equal(value, theirs[old + name]), name
+
+
+def test_weights_of_another_cutoff_are_refused(peer_shapes):
+    """The filters would not be those of the radial functions that the graph is made for."""
+    longer = EquivariantTransformer(ModelConfig(**PUBLISHED, cutoff_upper=6.0)).state_dict()
+    with pytest.raises(ValueError, match="means are of another cutoff: set model.cutoff_upper"):
+        load_representation(EquivariantTransformer(ModelConfig(**PUBLISHED)), longer)
 
 
 def test_the_scalar_head_has_torchmd_nets_names_and_shapes(peer_shapes):
