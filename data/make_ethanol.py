@@ -24,7 +24,10 @@ from ase.md.velocitydistribution import thermalize_momenta
 from tblite.ase import TBLite
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import EV, check_out, cli, save
+from formats.sources import EV
+from formats.write import save
+from harness.errors import cli
+from harness.files import check_new
 
 FRAMES, EVERY, EQUILIBRATION = 1000, 100, 4000  # the last two in steps
 TIMESTEP, TEMPERATURE, FRICTION = 0.5, 500, 0.01  # fs, K, 1/fs
@@ -32,7 +35,7 @@ SEED = 1
 
 
 def frames():
-    """Molecules as data.write_h5 takes them, one per EVERY steps of the trajectory."""
+    """Molecules as formats.write takes them, one per EVERY steps of the trajectory."""
     rng = np.random.default_rng(SEED)
     atoms = molecule("CH3CH2OH")
     atoms.calc = TBLite(method="GFN2-xTB", accuracy=0.1, verbosity=0)
@@ -49,7 +52,7 @@ def frames():
 
 def main(argv):
     out = Path(argv[0]) if argv else Path(__file__).with_name("ethanol_demo.h5")
-    check_out(out)
+    check_new(out, kinds=(".h5",))
     packages = f"tblite {version('tblite')} and ase {version('ase')}"
     attrs = {
         "name": f"ethanol, GFN2-xTB, {TEMPERATURE} K, {FRAMES} frames",
@@ -58,8 +61,8 @@ def main(argv):
         "license": "CC0 1.0",
         "attribution": "made for this repository; GFN2-xTB: C. Bannwarth et al., JCTC 15, 1652 (2019)",
     }
-    save(out, frames(), attrs, EV, {})
+    save(out, frames(), attrs, EV)
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

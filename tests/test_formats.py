@@ -1,6 +1,8 @@
 """formats/ and data.py's commands: every raw format to the schema and back, units, refusals."""
 
+import ast
 import gzip
+import importlib
 import os
 import subprocess
 import sys
@@ -424,3 +426,13 @@ def test_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ase", None)
     monkeypatch.delitem(sys.modules, "ase.io", raising=False)
     refused("pip install ase", "xyz", [extxyz(tmp_path / "a.xyz")], tmp_path / "a.h5")
+
+
+def test_the_program_of_the_demo_frames_imports_what_is_there():
+    """It needs tblite, so it is not run here."""
+    tree = ast.parse((Path(data.__file__).parent / "data/make_ethanol.py").read_text(encoding="utf-8"))
+    names = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in names if node.module.split(".")[0] in ("formats", "harness")]
+    assert ours
+    for node in ours:
+        assert all(hasattr(importlib.import_module(node.module), alias.name) for alias in node.names)
