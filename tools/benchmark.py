@@ -6,6 +6,8 @@
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
 pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2
+family     a step of each objective and backbone, uncompiled, 25 molecules as in App. J; frad if
+           `small` has rotors
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
 
@@ -23,6 +25,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 
@@ -34,7 +37,7 @@ from harness.files import check_new, provenance, write_json
 from harness.ranks import tune_cpu
 from harness.settings import read_arguments
 from model import ModelConfig, new_encoder, setting
-from pretrain import PretrainConfig, make_model, train_step
+from pretrain import PretrainConfig, make_model, objective_of, train_step
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class BenchmarkConfig:
     out: str = "out/benchmark.json"
 
 
+WHITEN = {"vec_norm_layer": "whiten", "vec_norm_out": "whiten"}
 PUBLISHED = {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}  # as TorchMD-NET
 WIDE = ModelConfig(**PUBLISHED)
 FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
@@ -138,23 +142,43 @@ def encoder_contenders(file, training, config, device):
 
 OBJECTIVES = {"coord": {"objective": "coord"}, "georecon": {}}
 OBJECTIVES["georecon, alpha 1.2"] = {"alpha": 1.2}
+FAMILY = OBJECTIVES | {name: {"objective": name} for name in ("rec_only", "frad", "scd")}
+
+
+def pretraining_step(device, molecules_of, **settings):
+    """A step of pretraining with these settings, as a function."""
+    stage = PretrainConfig(**settings)
+    molecules = molecules_of(objective_of(stage).inputs)
+    model = make_model(stage, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    parts = StepBatches(molecules, np.arange(len(molecules)), stage.batch_size, stage.seed)[0]
+
+    def step():
+        train_step(model, parts, 0, stage, device, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def pretrain_contenders(config, device):
     """A step of each objective, uncompiled and compiled."""
-    contenders, molecules = {}, Molecules(config.small)
-    for name, compiled in product(OBJECTIVES, (False, True)):
-        stage = PretrainConfig(batch_size=50, compile=compiled, **OBJECTIVES[name])
-        model = make_model(stage, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-        parts = StepBatches(molecules, np.arange(len(molecules)), 50, stage.seed)[0]
+    step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=50)
+    names = {f"{name}, compiled" if c else name: (name, c) for name, c in product(OBJECTIVES, (False, True))}
+    return {full: step(compile=c, **OBJECTIVES[name]) for full, (name, c) in names.items()}
 
-        def step(model=model, optimizer=optimizer, parts=parts, stage=stage):
-            train_step(model, parts, 0, stage, device, 1)
-            optimizer.step()
-            optimizer.zero_grad()
 
-        contenders[f"{name}, compiled" if compiled else name] = step
+def family_contenders(config, device):
+    """A step of each objective, then with whitening in every layer, then on PaiNN."""
+    with h5py.File(config.small, "r") as file:
+        names = [name for name in FAMILY if name != "frad" or "rotor" in file]
+    step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=25)
+    contenders = {}
+    for kind, more in {"": {}, ", whiten": WHITEN, ", painn": {"backbone": "painn"}}.items():
+        for name in names:
+            backbone = {"backbone": "adaptive"} if name == "scd" else {}
+            if not (backbone and "backbone" in more):
+                contenders[name + kind] = step(**FAMILY[name], model=ModelConfig(**backbone | more))
     return contenders
 
 
@@ -187,6 +211,7 @@ PAIRS = list(product(("small", "larger"), ("forward", "step")))
 WORKLOADS = {
     "encoder": {f"encoder, {f}, {kind}": partial(encoder_contenders, f, kind == "step") for f, kind in PAIRS},
     "pretrain": {"pretrain": pretrain_contenders},
+    "family": {"family": family_contenders},
     "forces": {f"forces, {n} frames": partial(forces_contenders, n, True) for n in (4, 32)},
     "md": {"md, 1 frame": partial(forces_contenders, 1, False)},
 }
@@ -198,7 +223,7 @@ def compare(case, config):
     for workload, contenders_of in WORKLOADS[case].items():
         contenders = contenders_of(config, device)
         times = race(contenders, rounds, device)
-        reference = times.get("coord" if case == "pretrain" else "peer")
+        reference = times.get("coord" if case in ("pretrain", "family") else "peer")
         for name, found in times.items():
             row = {"case": workload, "contender": name, "seconds": statistics.median(found)}
             if reference and found is not reference:
