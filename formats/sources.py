@@ -300,7 +300,7 @@ def read_npz(raw, keys, index=None):
         raise InputError(f"{raw}: shapes that do not fit each other: {said}")
     if z.dtype.kind not in "iu" or any(values.dtype.kind not in "iuf" for values in (pos, energy, forces, ids)):
         raise InputError(f"{raw}: atomic numbers must be integers, and all else numbers")
-    if not np.isfinite(ids).all() or (ids % 1).any():
+    if not (np.abs(ids) < 2**63).all() or (ids % 1).any():
         raise InputError(f"{raw}: {index} must be whole numbers")
     for k, key in enumerate(ids):
         tags = {name: float(a[k]) for name, a in columns.items() if not np.isnan(a[k])}

@@ -269,9 +269,10 @@ def test_geometries_may_be_noised(runs, tmp_path):
 
 
 def scaled(path, factor, out):
-    """A copy of a checkpoint, every weight times factor."""
+    """A copy of a checkpoint, every weight times factor; the radial functions are no weights."""
     content = torch.load(path, weights_only=True)
-    weights = {k: v * factor if v.is_floating_point() else v for k, v in content["state_dict"].items()}
+    kept = ("means", "betas")
+    weights = {k: v if k.endswith(kept) else v * factor for k, v in content["state_dict"].items()}
     torch.save({**content, "state_dict": weights}, out)
     return str(out)
 
