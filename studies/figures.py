@@ -209,7 +209,9 @@ def medians(result, reading, noise=0):
 
 def spread(values):
     """mean ± standard deviation over the seeds."""
-    return f"{statistics.mean(values):.3g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+    form = ",.0f" if statistics.mean(values) >= 100 else ".2g"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def readings_table(results):
