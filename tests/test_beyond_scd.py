@@ -213,3 +213,18 @@ def test_compiled_equals_uncompiled(tiny):
     pretrain.main([str(tiny), *SCD, "compile=true", "out_dir=out/compiled"])
     for a, b in zip(read_log("out/tiny"), read_log("out/compiled"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_forces_equal_eager_ones(tiny, capsys):
+    """Fine-tuning on forces compiles the encoder as a whole, with its derivative."""
+    root = Path(pretrain.__file__).parent
+    pretrain.main([str(tiny), *SCD, "max_steps=1", "model.num_layers=2"])
+    settings = [str(root / "configs/demo_forces.yaml"), f"data={root / 'data/ethanol_demo.h5'}"]
+    settings += ["init_from=out/tiny/encoder.pt", "max_steps=4", "batch_size=4", "log_every=1"]
+    settings += ["train_size=40", "val_size=10", "test_size=10"]
+    finetune.main([*settings, "out_dir=out/eager"])
+    finetune.main([*settings, "out_dir=out/compiled", "compile=true"])
+    for a, b in zip(read_log("out/eager"), read_log("out/compiled"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
