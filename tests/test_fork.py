@@ -15,6 +15,7 @@ import fork_loop
 import pytest
 import torch
 from test_model import all_molecules, difference, fill, random_orthogonal, small
+from tiny_run import read_log
 
 import pretrain
 from data import Molecules
@@ -109,6 +110,8 @@ def fork(tmp_path_factory):
         if any(argument.startswith("init_from=") for argument in arguments):  # the file brings the model along
             short = [setting for setting in short if not setting.startswith("model.")]
         calls.append([name, *arguments, *short])
+    masked = next(call for call in calls if "objective=masked_types" in call)
+    calls.append([*masked, "accumulate=2", "out_dir=out/parts"])  # a later key=value holds
     (folder / "commands.json").write_text(json.dumps(calls))
     done = subprocess.run([sys.executable, "-c", DRIVER], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -132,6 +135,12 @@ def test_what_the_page_adds_trains_and_is_fine_tuned(fork):
         assert math.isfinite(found["val"]["gap_mae"]) and found["init_from"] == f"out/{name}/encoder.pt"
     brought = torch.load(fork / "out/messages_gap/best.pt", weights_only=True)
     assert brought["model"]["backbone"] == "messages"
+
+
+def test_the_losses_of_masked_types_add_up_over_the_parts_of_a_batch(fork):
+    whole, parts = (read_log(fork / f"out/{name}")[-1] for name in ("masked_types", "parts"))
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
 def test_the_data_set_is_the_table(fork):
