@@ -147,6 +147,7 @@ class Pretraining(nn.Module):
     """
 
     extra_noise, inputs = 0, None
+    unit = "mean square error of noise / sigma, per atom and axis"
 
     def __init__(self, encoder, config):
         super().__init__()
@@ -360,12 +361,11 @@ def pretrain(config, run):
         if run.saving:  # every save_every steps, at keep_steps, at a signal, at the end
             save()
 
-    for line in report(found["first_val"], found["last_val"]):
-        run.say(line)
+    run.say("\n".join(report(found["first_val"], found["last_val"])))
     run.finish(
         val=found["last_val"],
         val_start=found["first_val"],
-        units=dict.fromkeys(found["last_val"], "mean square error of noise / sigma, per atom and axis"),
+        units=dict.fromkeys(found["last_val"], getattr(model, "unit", "as the objective has it")),
         objective=config.objective,
         parameters=num_parameters(model),
         parameters_encoder=num_parameters(model.encoder),

@@ -132,6 +132,7 @@ class Frad(nn.Module):
     """
 
     extra_noise = 1  # a further standard normal number for each atom: the angle of the rotor that turns it
+    unit = "mean square error of noise / sigma, per atom and axis"
     inputs = Rotors  # inputs(molecules)(index) -> what forward needs besides the atoms
 
     def __init__(self, encoder, config):

@@ -107,6 +107,7 @@ class SelfConditioned(nn.Module):
     """
 
     inputs = None
+    unit = "mean square error of noise / sigma, per atom and axis"
 
     def __init__(self, encoder, config):
         super().__init__()
