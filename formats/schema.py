@@ -28,9 +28,6 @@ MIN_DISTANCE = 0.5  # Å
 MAX_COORDINATE = 1e5  # Å; beyond it float32 does not hold a bond to a hundredth
 
 
-# ---------------------------------------------------------------- a file
-
-
 class Contents(NamedTuple):
     """What is known of a file once it is held against the schema."""
 
@@ -117,12 +114,6 @@ def pairs(batch):
     return i, j
 
 
-def distances(pos, i, j):
-    """pos (N, 3) -> (P,)."""
-    apart = pos[i] - pos[j]  # (P, 3)
-    return np.sqrt(np.einsum("pk,pk->p", apart, apart))
-
-
 def first_flaw(z, pos, batch, **labels):
     """-> the first molecule that must not be trained on and why, or None.
 
@@ -137,7 +128,7 @@ def first_flaw(z, pos, batch, **labels):
         if bad.any():
             return int(batch[bad.argmax()]), why
     i, j = pairs(batch)
-    close = distances(pos, i, j) < MIN_DISTANCE
+    close = np.linalg.norm(pos[i] - pos[j], axis=1) < MIN_DISTANCE  # (P,)
     return (int(batch[i[close.argmax()]]), f"two atoms closer than {MIN_DISTANCE} Å") if close.any() else None
 
 

@@ -16,7 +16,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -158,8 +158,11 @@ def parse_sdf(items, titled):
         else:
             z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
             pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
-            said = dict(SDF_TAG.findall(block))
+            names = Counter(name for name, _ in SDF_TAG.findall(block))
+            said = {name: text for name, text in SDF_TAG.findall(block) if names[name] == 1}
             notes = {f"not read: {name}" for name, text in said.items() if re.match(r"\s*[-+.\d]", text)}
+            notes |= {f"not read: {name}, given more than once" for name in names - Counter(said.keys())}
+            notes |= {"carbon without any hydrogen: are they left out?"} if 6 in z and 1 not in z else set()
             molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(said), "notes": notes})
     return molecules
 
@@ -208,17 +211,12 @@ def read_qm9_tar(raw):
             yield {"id": int(key), "z": z, "pos": pos, "labels": labels}
 
 
-def read_uncharacterized(path):
-    """The molecules to leave out: every line of the list that starts with a number."""
-    ids = set(map(int, re.findall(r"^\s*(\d+)(?!\S)", path.read_text(), re.M)))
-    if not ids:
-        raise InputError(f"{path}: no line starts with the number of a molecule: is it uncharacterized.txt?")
-    return ids
-
-
 def read_qm9(*raws):
     """The wheel of qm9pack or the archive of xyz files and, if given, the list of molecules to leave out."""
-    dropped = set().union(*(read_uncharacterized(raw) for raw in raws if raw.suffix == ".txt"))
+    lists = [raw for raw in raws if raw.suffix == ".txt"]  # molecules to leave out: lines that start with a number
+    dropped = {int(n) for raw in lists for n in re.findall(r"^\s*(\d+)(?!\S)", raw.read_text(), re.M)}
+    if lists and not dropped:
+        raise InputError(f"{lists[0]}: no line starts with the number of a molecule: is it uncharacterized.txt?")
     rest = [raw for raw in raws if raw.suffix != ".txt"]
     if [raw.suffix for raw in rest] == [".whl"]:
         molecules = read_qm9_wheel(*rest)
@@ -258,6 +256,8 @@ LABEL = re.compile("energ|force|gradient|dipole|gap|homo|lumo", re.I)  # names t
 # quantities that are not read, and units that stand alone as a word of a comment line
 NOT_READ = re.compile("time|temp|mass|charge|stress|press|virial|dipole|moment|veloc|step")
 LONE_UNITS = {"hartree", "ha", "bohr", "kcal", "kcal/mol", "kj/mol", "ry", "rydberg", "mev", "au", "a.u.", "nm", "pm"}
+NAME = re.compile("name|title|config|method|theory", re.I)  # of a thing: a molecule may be called bohr
+SPOKEN = re.compile(r"(?<![\w-])(hartree|bohr|kcal/mol|kcal|kj/mol|rydberg|mev|nm|a\.u\.)(?![\w-])", re.I)  # in a text
 
 
 def check_units(stated, energy, where):
@@ -265,6 +265,8 @@ def check_units(stated, energy, where):
     claims = {key: value for key, value in stated.items() if "unit" in key.lower()}
     claims |= {key: key.lower() for key in stated if key.lower() in LONE_UNITS}
     claims |= {key: m[1] for key in stated if (m := re.fullmatch(r"(?:positions|cell)(\w+)", key))}  # i-PI, without {}
+    texts = {key: f"{key} {value}" for key, value in stated.items() if key not in claims and not NAME.search(key)}
+    claims |= {key: ",".join(units) for key, text in texts.items() if (units := SPOKEN.findall(text))}
     for key, value in claims.items():
         said = re.sub(r"[][{}\"']", "", str(np.ravel(value).tolist()))  # one, several, or by quantity
         for name, _, text in (entry.rpartition(":") for entry in re.split("[,;]", said)):
@@ -293,6 +295,7 @@ def read_npz(raw, keys, index=None):
         for key in set(arrays) - {*keys}:
             with suppress(ValueError):  # of objects
                 columns[key] = arrays[key]
+    check_units({k: a.astype(str) for k, a in columns.items() if a.dtype.kind in "US"}, "kcal/mol", raw)
     columns = {k: a.ravel() for k, a in columns.items() if a.shape in one_each and a.dtype.kind in "iuf"}
     shapes = z.ndim == 1 and pos.shape == forces.shape == (len(ids), len(z), 3)
     if not shapes or energy.shape not in one_each:
@@ -377,8 +380,11 @@ def parse_labels(text):
     entries = [entry.rpartition(":") for entry in text.removeprefix("labels=").split(",") if text]
     pairs = [(name.strip(), unit.strip()) for name, _, unit in entries]
     asked = {f"y/{name.replace('/', '_')}": (name, unit) for name, unit in pairs}
-    if len(asked) < len(pairs) or not all(name and unit and f"{name}{unit}".isprintable() for name, unit in pairs):
-        raise InputError(f"{text!r}: write labels=NAME:UNIT,NAME:UNIT, each name once", code=2)
+    sound = [n.strip(".") and u and (n + u).isprintable() and len(n + u) < 200 for n, u in pairs]
+    if len(asked) < len(pairs) or not all(sound):
+        raise InputError(f"{text[:200]!r}: write labels=NAME:UNIT,NAME:UNIT, each name once", code=2)
+    if told := [f"{n} says {m[1]}" for n, u in pairs if (m := re.search(r"[\[(](.+)[\])]$", n)) and m[1] != u]:
+        raise InputError(f"{text}: the name {told[0]}: write that as its unit", code=2)
     if taken := asked.keys() & {f"y/{name}" for name in EV}:
         raise InputError(f"{text}: {min(taken)[2:]} is a dataset of its own: name it otherwise", code=2)
     return asked

@@ -49,9 +49,12 @@ def read_encoder(path, model, init_key=""):
     encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
     """
     content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
-    state_dict = {WRAPPERS.sub("", str(key)): value for key, value in content.get("state_dict", content).items()}
+    held = content.get("state_dict", content)
+    for name in [name for name, value in held.items() if isinstance(value, dict)]:  # {"model": state dict, ...}
+        held = {k: v for k, v in held.items() if k != name} | {f"{name}.{k}": v for k, v in held[name].items()}
+    state_dict = {WRAPPERS.sub("", str(key)): value for key, value in held.items()}
     with explain(f"no encoder can be made of {path}"):
-        if len(state_dict) < len(content.get("state_dict", content)):
+        if len(state_dict) < len(held):
             raise ValueError("it holds several networks of one name but for a wrapper's: save one apart")
         if "schema" in content:
             if content["schema"] != "georecon/1":
@@ -61,7 +64,7 @@ def read_encoder(path, model, init_key=""):
             model = replace(own, vector_cutoff=own.vector_cutoff or model.vector_cutoff)
         encoder = new_encoder(model)
         load_representation(encoder, state_dict, init_key)
-    return encoder, len(content.get("state_dict", content)) - len(encoder.state_dict())
+    return encoder, len(held) - len(encoder.state_dict())
 
 
 def make_encoder(config, checkpoint):

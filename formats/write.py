@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from formats.schema import SCHEMA, distances, flaw, pairs, read_contents
+from formats.schema import SCHEMA, flaw, pairs, read_contents
 from formats.sources import EV, SOURCES, SYMBOLS, credit, parse_labels, read_source, stem, with_labels
 from harness.errors import InputError
 from harness.files import check_file, check_new, sha256
@@ -178,7 +178,7 @@ def info(m, chunk=10_000):
         part = m.read(range(start, min(start + chunk, len(m))), forces="forces" in m.units)
         elements += np.bincount(part["z"], minlength=119)
         i, j = pairs(part["batch"].numpy())
-        apart = distances(part["pos"].numpy(), i, j)  # (P,)
+        apart = (part["pos"][i] - part["pos"][j]).norm(dim=1).numpy()  # (P,)
         near += (apart < 5).sum()
         if len(apart) and apart.min() < nearest:
             nearest, closest = apart.min(), start + int(part["batch"][i[apart.argmin()]])

@@ -462,3 +462,92 @@ def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(tmp_path, stage
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM and len(err.strip().splitlines()) == 1, err
     assert "stopped by SIGTERM after step" in err and (tmp_path / "run/last.pt").exists()
+
+
+# ---------------------------------------------------------------- further ways to say a unit, tags, nested checkpoints
+
+
+@pytest.mark.parametrize(
+    ("stated", "unit"),
+    [
+        ("length=bohr", "bohr"),
+        ("distance=nm", "nm"),
+        ("uom=kJ/mol", "kJ/mol"),
+        ("einheit=Hartree", "Hartree"),
+        ('info=_JSON{"energy_unit":"Hartree"}', "Hartree"),
+        ('metadata=_JSON{"units":{"energy":"Hartree"}}', "Hartree"),
+        ("geometry (Bohr)", "Bohr"),
+        ("energy_in=kcal/mol", "kcal/mol"),
+    ],
+)
+def test_a_unit_is_seen_wherever_the_comment_says_it(stated, unit, tmp_path):
+    path = tmp_path / "a.xyz"
+    path.write_text(f"1\nProperties=species:S:1:pos:R:3 energy=-1.0 {stated}\nAr 0 0 0\n")
+    with pytest.raises(InputError, match=f"frame 0: its .* says {unit}: convert the numbers to eV"):
+        data.main(["xyz", str(path), str(tmp_path / "out.h5")])
+    assert not (tmp_path / "out.h5").exists()
+
+
+@pytest.mark.parametrize("stated", ["name=bohr", "config_type=hartree-fock", "method=Hartree-Fock", "charge=1"])
+def test_a_word_that_is_no_unit_is_let_through(stated, tmp_path):
+    path = tmp_path / "a.xyz"
+    path.write_text(f"1\nProperties=species:S:1:pos:R:3 energy=-1.0 {stated}\nAr 0 0 0\n")
+    data.main(["xyz", str(path), str(tmp_path / "out.h5")])
+    assert Molecules(tmp_path / "out.h5").label("energy") == -1.0
+
+
+def sdf_with(tags, smiles="CO"):
+    Chem = pytest.importorskip("rdkit.Chem")
+    from rdkit.Chem import AllChem
+
+    mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    AllChem.EmbedMolecule(mol, randomSeed=1)
+    return Chem.MolToMolBlock(mol) + "".join(f">  <{name}>\n{value}\n\n" for name, value in tags) + "$$$$\n"
+
+
+def test_a_tag_that_is_given_twice_is_unknown_and_said(tmp_path, capsys):
+    path = tmp_path / "a.sdf"
+    path.write_text(sdf_with([("t", 1.0), ("t", 2.0)]) + sdf_with([("t", 3.0)]))
+    data.main(["sdf", str(path), str(tmp_path / "out.h5"), "labels=t:eV"])
+    assert np.array_equal(Molecules(tmp_path / "out.h5").label("t"), [np.nan, 3.0], equal_nan=True)
+    assert "not read: t, given more than once (1 molecules)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels", ["labels=.:eV", "labels=..:eV", "labels=t:" + "e" * 300])
+def test_a_label_that_cannot_be_a_name_is_refused(labels, tmp_path):
+    path = tmp_path / "a.sdf"
+    path.write_text(sdf_with([(".", 1.0), ("t", 2.0)]))
+    with pytest.raises(InputError, match="write labels=NAME:UNIT") as error:
+        data.main(["sdf", str(path), str(tmp_path / "out.h5"), labels])
+    assert error.value.code == 2 and len(str(error.value)) < 400
+
+
+def test_a_unit_in_the_name_of_a_tag_must_be_the_one_asked_for(tmp_path):
+    path = tmp_path / "a.sdf"
+    path.write_text(sdf_with([("t [kcal/mol]", 1.0)]))
+    with pytest.raises(InputError, match="says kcal/mol: write that as its unit"):
+        data.main(["sdf", str(path), str(tmp_path / "out.h5"), "labels=t [kcal/mol]:eV"])
+    data.main(["sdf", str(path), str(tmp_path / "out.h5"), "labels=t [kcal/mol]:kcal/mol"])
+    assert Molecules(tmp_path / "out.h5").units == {"t [kcal_mol]": "kcal/mol"}
+
+
+def test_a_geometry_without_its_hydrogens_is_said(tmp_path, capsys):
+    Chem = pytest.importorskip("rdkit.Chem")
+    path = tmp_path / "a.sdf"
+    bare = Chem.RemoveHs(Chem.MolFromMolBlock(sdf_with([]).partition("$$$$")[0], removeHs=False))
+    path.write_text(Chem.MolToMolBlock(bare) + "$$$$\n" + sdf_with([]))
+    data.main(["sdf", str(path), str(tmp_path / "out.h5")])
+    assert "carbon without any hydrogen: are they left out? (1 molecules)" in capsys.readouterr().out
+
+
+def test_state_dicts_inside_a_checkpoint_are_found(tmp_path):
+    weights = EquivariantTransformer(SMALL).state_dict()
+    torch.save({"epoch": 3, "model_state_dict": weights, "optimizer": {"lr": 1.0}}, tmp_path / "a.pt")
+    encoder, _ = read_encoder(tmp_path / "a.pt", SMALL)
+    assert torch.equal(encoder.embedding.weight, weights["embedding.weight"])
+    other = {key: value + 1 if "weight" in key else value for key, value in weights.items()}
+    torch.save({"student": weights, "teacher": other}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="several networks.*student, teacher"):
+        read_encoder(tmp_path / "b.pt", SMALL)
+    encoder, _ = read_encoder(tmp_path / "b.pt", SMALL, "teacher")
+    assert torch.equal(encoder.embedding.weight, other["embedding.weight"])
