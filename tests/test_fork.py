@@ -25,7 +25,7 @@ from model import load_encoder, new_encoder, radius_graph
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "FORK.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", PAGE, flags=re.S))
-LINES = re.findall(r"A line in `(\w+)` of `(\w+\.py)`:\n\n```\n(.+)\n```", PAGE)
+LINES = re.findall(r"An entry in the dict `(\w+)` of `(\w+\.py)`:\n\n```\n(.+)\n```", PAGE)
 COMMANDS = re.findall(r"^python (.+)$", PAGE, flags=re.M)
 TINY = "max_steps=3 batch_size=4 model.embedding_dimension=16 model.num_layers=2 model.num_rbf=16 model.num_heads=4"
 
