@@ -156,7 +156,7 @@ class NeighborEmbedding(nn.Module):
 
 
 class EquivariantMultiHeadAttention(nn.Module):
-    """One layer of TorchMD-NET's equivariant transformer: x (N, F), vec (N, 3, F) -> their increments.
+    """One layer of TorchMD-NET's equivariant transformer: x (N, F), vec (N, 3, F) -> increments.
 
     Per head and directed edge j -> i, self-loops included:
         A_ij     = SiLU(sum_D q_i k_j dk_ij) C(d_ij)                 no softmax, no 1/sqrt(D)
@@ -283,7 +283,7 @@ class RMSVectorNorm(nn.Module):
 
 
 class InverseSqrt(torch.autograd.Function):
-    """A -> A^(-1/2) for symmetric positive definite A (N, 3, 3), differentiable any number of times.
+    """A -> A^(-1/2) for symmetric positive definite A (N, 3, 3), differentiable without end.
 
     Autograd through an eigendecomposition divides by differences of eigenvalues, NaN for the zero vector or a
     tetrahedral site. Y = A^(-1/2) obeys Y^2 = A^-1, so dY solves Y dY + dY Y = -Y^2 dA Y^2: a sum of
@@ -423,7 +423,7 @@ class EquivariantLayers(nn.Module):
 class EquivariantTransformer(EquivariantLayers):
     """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F) invariant, vec (N, 3, F) equivariant. Sec. 4.2.
 
-    Attribute names and weight layout are TorchMD-NET's, so its `representation_model.*` loads by name.
+    Attribute names and weight layout are TorchMD-NET's, so its `representation_model.*` loads.
     """
 
     def __init__(self, config):

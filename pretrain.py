@@ -188,7 +188,7 @@ class Pretraining(nn.Module):
             return {"loss": losses["loss_noise"], **losses}
         losses["loss_clean"] = predicted[N:].square().mean()
 
-        # Graph level, Sec. 4.2 "Reconstruction Head": the decoder sees the clean molecule only as g.
+        # Graph level, Sec. 4.2 "Reconstruction Head": the decoder sees the clean molecule as g.
         # L_rec = 1/(3N) sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
         graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         # decoder_graph_emb = false, a control: g tells nothing. It is 0 * g, for DDP: attention pooling gets a gradient
@@ -213,7 +213,7 @@ TRAIN, VAL = 1, 2  # first number of the key that noise is drawn from
 
 
 def learning_rate(step, config):
-    """Linear warm-up over lr_warmup_steps, then a cosine of length lr_cosine_length from lr to lr_min.
+    """Linear warm-up over lr_warmup_steps, then a cosine over lr_cosine_length from lr to lr_min.
 
     DEVIATION: closed form. Coord's code has torch's recursion and overwrites it in warm-up: it ends 0.15 % higher.
     """

@@ -72,7 +72,7 @@ class Rotors:
     def __init__(self, molecules):
         self.path, self.ptr = molecules.path, molecules.ptr
         self._file = None  # opened in each process: an HDF5 handle must not cross a fork
-        remedy = "`python data.py rotors FILE.h5 OUT.h5` adds them, `python data.py --help` says more"
+        remedy = "`python data.py rotors FILE.h5 OUT.h5` adds them, see beyond/README.md"
         with explain(f"{self.path}: its rotors are damaged, {remedy}", *FOREIGN), h5py.File(self.path, "r") as file:
             if "rotor" not in file:
                 raise InputError(f"{self.path} has no rotors, which objective = frad turns: {remedy}")

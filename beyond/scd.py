@@ -24,7 +24,7 @@ from model import EquivariantTransformer, EquivariantVectorOutput, Linear, scatt
 
 
 class AdaptiveNorm(nn.Module):
-    """What a condition c_i makes of a layer's input and output: x, c (N, F) -> h (N, F), gate (N, F).
+    """What a condition c_i makes of a layer's input and output: x, c (N, F) -> h, gate (N, F).
 
         x0                 = LayerNorm(x)
         shift, scale, gate = MLP([c || x0])
@@ -53,7 +53,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class AdaptiveTransformer(EquivariantTransformer):
-    """The equivariant transformer with an AdaptiveNorm in place of each attention layer's LayerNorm.
+    """The equivariant transformer with an AdaptiveNorm for each attention layer's LayerNorm.
 
     DEVIATION: before each layer the public code sends the components of vec through tanh, adds an
     offset and clamps them to 1000, which is not equivariant. Ours has the norms of

@@ -67,7 +67,7 @@ def read_contents(path):
 
 
 def read_units(file, num_molecules, num_atoms):
-    """-> {label: unit}, {dataset: its place in the file} of every dataset of atoms and of labels."""
+    """-> {label: unit}, {dataset: its place in the file} of all datasets of atoms and labels."""
     expected = {"z": ("uint8", (num_atoms,)), "pos": ("float32", (num_atoms, 3)), "id": ("int64", (num_molecules,))}
     labels = {"energy": ("float64", (num_molecules,)), "forces": ("float32", (num_atoms, 3))}
     expected |= {name: like for name, like in labels.items() if name in file}

@@ -256,7 +256,7 @@ LABEL = re.compile("energ|force|gradient|dipole|gap|homo|lumo", re.I)  # names t
 # quantities that are not read, and units that stand alone as a word of a comment line
 NOT_READ = re.compile("time|temp|mass|charge|stress|press|virial|dipole|moment|veloc|step")
 LONE_UNITS = {"hartree", "ha", "bohr", "kcal", "kcal/mol", "kj/mol", "ry", "rydberg", "mev", "au", "a.u.", "nm", "pm"}
-NAME = re.compile("name|title|config|method|theory", re.I)  # of a thing: a molecule may be called bohr
+NAME = re.compile("name|title|config|method|theory", re.I)  # a molecule may be called bohr
 SPOKEN = re.compile(r"(?<![\w-])(hartree|bohr|kcal/mol|kcal|kj/mol|rydberg|mev|nm|a\.u\.)(?![\w-])", re.I)  # in a text
 
 
@@ -268,7 +268,7 @@ def check_units(stated, energy, where):
     texts = {key: f"{key} {value}" for key, value in stated.items() if key not in claims and not NAME.search(key)}
     claims |= {key: ",".join(units) for key, text in texts.items() if (units := SPOKEN.findall(text))}
     for key, value in claims.items():
-        said = re.sub(r"[][{}\"']", "", str(np.ravel(value).tolist()))  # one, several, or by quantity
+        said = re.sub(r"[][{}\"']", "", str(np.ravel(value).tolist()))  # one or several
         for name, _, text in (entry.rpartition(":") for entry in re.split("[,;]", said)):
             unit = re.sub(r"[\s*]+", "", str(text).lower()).replace("mol^-1", "/mol").replace("mol-1", "/mol")
             unit = re.sub(r"(^|/)(angstroms?|ångströms?|ang|å|a)$", r"\1angstrom", unit)

@@ -16,7 +16,7 @@ def load_representation(encoder, state_dict, init_key=""):
     """Load TorchMD-NET's or our own encoder weights by name; a ValueError names every key that does not fit.
 
     Takes a bare encoder's state dict, or a whole model's, with the encoder under any prefix; of several
-    networks init_key names one. `distance.*` holds TorchMD-NET's neighbour list settings, no weights.
+    networks init_key names one. `distance.*` are TorchMD-NET's neighbour list settings.
     """
     owners = {key.removesuffix("embedding.weight") for key in state_dict if EMBEDDING.fullmatch(key)}
     names = {o: o.removesuffix("representation_model.").rstrip(".") or "." for o in owners}

@@ -44,5 +44,5 @@ def compile_gradient(function, device, one_shape):
 
 
 def fill_up(mask, multiple):
-    """Set False entries of a mask until the True ones are a multiple: CUDA graphs need one shape."""
+    """Set False entries of a mask until the True ones are a multiple: CUDA graphs need it."""
     return mask | ((~mask).cumsum(0) <= -mask.sum() % multiple)

@@ -25,7 +25,7 @@ def check_file(path, remedy):
 
 
 def check_new(*paths, kinds=(), make_folder=False):
-    """Refuse files that cannot or must not be written, before hours of work; nothing is written yet.
+    """Refuse files that cannot or must not be written, before hours of work; writes nothing.
 
     kinds are the endings that are allowed. With make_folder their folder may be missing.
     """

@@ -30,7 +30,7 @@ def read_yaml(path, may_have_base=True):
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give a config such as configs/demo.yaml", code=2) from None
-    except Exception as error:  # yaml raises many kinds, for example over a date that does not exist
+    except Exception as error:  # yaml raises many kinds, as over a date that does not exist
         raise InputError(f"{path} is not valid yaml: {' '.join(str(error).split())}", code=2) from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: a config is a mapping of lines `key: value`", code=2)

@@ -50,7 +50,7 @@ class GeoReconCalculator(ase.Calculator):
 
     def __init__(self, checkpoint, device="cpu", compile=False):
         super().__init__()
-        with explain(f"device = {device}", RuntimeError, AssertionError):  # unknown, or out of reach
+        with explain(f"device = {device}", RuntimeError, AssertionError):  # unknown or not there
             model, self.about = load_property_model(checkpoint, device)
         if self.about["target"] != "energy_forces" or self.about["unit"] not in IN_EV:
             predicted = f"{checkpoint} predicts {self.about['target']} in {self.about['unit']}"
