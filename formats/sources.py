@@ -311,8 +311,8 @@ def read_npz(raw, keys, index=None):
         yield mol | {"labels": {"energy": float(energy.flat[k]), "forces": forces[k]}}
 
 
-def xyz_labels(key, atoms, levels, forces):
-    """-> labels, notes and tags of frame `key`; a ValueError where labels are not clear.
+def xyz_labels(where, atoms, levels, forces):
+    """-> labels, notes and tags of the frame that stands where; an InputError if labels are not clear.
 
     levels: the set of those that the frames so far had, REF_ or plain; a file is of one. forces: has it any.
     """
@@ -321,9 +321,9 @@ def xyz_labels(key, atoms, levels, forces):
     found = {name: value for name, value in (plain | known).items() if name in EV}
     levels |= {"REF_"} if known else {"plain"} if found else set()
     if len(levels) > 1 or known and known.keys() != found.keys():
-        raise ValueError(f"frame {key} has labels under REF_ and others without it: are they of one level? Keep one")
+        raise InputError(f"{where} has labels under REF_ and others without it: are they of one level? Keep one")
     if isinstance(found.get("energy"), (bool, np.bool_)):
-        raise ValueError(f"the energy of frame {key} is {found['energy']}")
+        raise InputError(f"{where}: its energy is {found['energy']}")
     labels = {name: float(v) if name == "energy" else np.asarray(v, dtype=np.float64) for name, v in found.items()}
     read = {f"REF_{name}" for name in EV} if known else EV.keys()
     notes = {f"not read: {name}" for name in stated | plain if LABEL.search(name) and name not in read}
@@ -343,8 +343,8 @@ def read_xyz(raw, labelled=True):
             if atoms.pbc.any():
                 yield {"id": key, "skip": "periodic: not a molecule"}
                 continue
-            check_units(atoms.info, "eV", f"{raw}: frame {key}")
-            labels = xyz_labels(key, atoms, levels, forces) if labelled else {"labels": {}}
+            check_units(atoms.info, "eV", where := f"{raw}: frame {key}")
+            labels = xyz_labels(where, atoms, levels, forces) if labelled else {"labels": {}}
             yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "atoms": atoms} | labels
         if any(line.strip() for line in file):  # ase stops at a blank line
             raise ValueError("a blank line between molecules: remove it")

@@ -69,7 +69,7 @@ def cli(main, usage=None, needed=0):
         if not full and "DataLoader worker" not in str(error):
             raise
         remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"
-        lost = f"a loader process was lost, {one_line(error)}; resume=true goes on"
+        lost = f"a loader process was lost ({one_line(error).rstrip('.')}): resume=true goes on"
         said, code = f"out of memory: take smaller batches; {remedy}" if full else lost, 1
     except UnicodeEncodeError as error:
         said, code = f"{error.object!r} cannot be written as UTF-8: rename that file", 1

@@ -415,7 +415,7 @@ CASES = [
     *(("lipschitz", [f"{name}.pt", "data=ok.h5", "num_molecules=3"], 1, words) for name, words in CHECKPOINTS.items()),
     *(("data", ["xyz", f"x_{name}.xyz", "new.h5"], 1, f"x_{name}.xyz") for name in XYZ),
     *(("predict", ["tune/best.pt", f"x_{name}.xyz", "new.xyz"], 1, f"x_{name}.xyz") for name in XYZ),
-    ("data", ["xyz", "x_bool.xyz", "new.h5"], 1, "energy of frame 0"),
+    ("data", ["xyz", "x_bool.xyz", "new.h5"], 1, "frame 0: its energy is True"),
     ("data", ["xyz", "x_unit.xyz", "new.h5"], 1, "its unit says Hartree"),
     ("data", ["xyz", "x_mixed.xyz", "new.h5"], 1, "under REF_"),
     ("data", ["md17", "bohr.npz", "new.h5"], 1, "its r_unit says bohr"),
