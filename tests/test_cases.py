@@ -443,7 +443,7 @@ SPAWN = "import sys, torch; torch.multiprocessing.set_start_method('spawn'); fro
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(tmp_path, stage, workers, method):
     """As `timeout` and queues send it: loader processes get it, too."""
