@@ -634,6 +634,7 @@ def test_cuda_graphs_are_for_molecules_of_one_size(monkeypatch, device, one_shap
     assert (model.multiple, seen["dynamic"], "mode" in seen) == (multiple, multiple == 1, multiple > 1)
 
 
+@pytest.mark.slow
 def test_shapes_beyond_those_that_torch_compiles_go_uncompiled(monkeypatch):
     """The settings of CUDA, traced and run as they are: dynamics of ever other molecules, say."""
     compile = torch.compile
