@@ -196,7 +196,7 @@ def add_rotors(path, out, raw=None):
     if raw:
         check_file(raw, "download it first")
     need("rdkit.Chem", "finding rotors")
-    ids, attrs = None, read_contents(path).attrs
+    attrs = read_contents(path).attrs
     with explain(f"{path}: damaged, convert it again", *FOREIGN), h5py.File(path, "r") as file:
         if "rotor" in file:
             raise InputError(f"{path} has rotors already: take the file that it was made from")

@@ -16,7 +16,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -158,10 +158,10 @@ def parse_sdf(items, titled):
         else:
             z = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)
             pos = mol.GetConformer().GetPositions() if len(z) else np.zeros((0, 3))
-            names = Counter(name for name, _ in SDF_TAG.findall(block))
-            said = {name: text for name, text in SDF_TAG.findall(block) if names[name] == 1}
+            tags = SDF_TAG.findall(block)
+            said = {name: text for name, text in tags if sum(name == other for other, _ in tags) == 1}
             notes = {f"not read: {name}" for name, text in said.items() if re.match(r"\s*[-+.\d]", text)}
-            notes |= {f"not read: {name}, given more than once" for name in names - Counter(said.keys())}
+            notes |= {f"not read: {name}, given more than once" for name in dict(tags).keys() - said.keys()}
             notes |= {"carbon without any hydrogen: are they left out?"} if 6 in z and 1 not in z else set()
             molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(said), "notes": notes})
     return molecules

@@ -106,6 +106,14 @@ def peer(setting, vector_cutoff=False, precision=64):
     )
 
 
+def save(path, out):
+    """Write the arrays {name: array} of a fixture, and say what they are."""
+    np.savez_compressed(path, **out)
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
+    for key, value in out.items():
+        print(f"{key:32} {value.dtype} {value.shape} largest {abs(value).max():.3g}")
+
+
 def main():
     out = {}
     for setting in SETTINGS:
@@ -126,10 +134,7 @@ def main():
     full = dict(embedding_dimension=256, num_layers=8, num_rbf=64, num_heads=8)
     shapes = {name: list(value.shape) for name, value in peer(full, precision=32).state_dict().items()}
     out["state_dict_256_8_64"] = np.frombuffer(json.dumps(shapes).encode(), np.uint8)
-    np.savez_compressed(PATH, **out)
-    print(f"{PATH.name}: {PATH.stat().st_size:,} bytes")
-    for key, value in out.items():
-        print(f"{key:32} {value.dtype} {value.shape} largest {abs(value).max():.3g}")
+    save(PATH, out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_parity import MOLECULES, collate, random_weights
+from make_parity import MOLECULES, collate, random_weights, save
 
 PATH = Path(__file__).with_name("parity_painn.npz")
 SETTINGS = {
@@ -64,10 +64,7 @@ def main(wheel):
 
     shapes = {name: list(value.shape) for name, value in peer(**FULL).state_dict().items()}
     out["state_dict_128_3_20"] = np.frombuffer(json.dumps(shapes).encode(), np.uint8)
-    np.savez_compressed(PATH, **out)
-    print(f"{PATH.name}: {PATH.stat().st_size:,} bytes")
-    for key, value in out.items():
-        print(f"{key:32} {value.dtype} {value.shape} largest {abs(value).max():.3g}")
+    save(PATH, out)
 
 
 if __name__ == "__main__":

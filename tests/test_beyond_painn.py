@@ -9,7 +9,16 @@ import pytest
 import torch
 from make_parity import MOLECULES, collate
 from make_parity_painn import FULL, PATH, SETTINGS
-from test_model import DTYPES, SYMMETRIC, all_molecules, difference, fill, random_orthogonal, single
+from test_model import (
+    DTYPES,
+    SYMMETRIC,
+    all_molecules,
+    assert_one_jacobian,
+    difference,
+    fill,
+    random_orthogonal,
+    single,
+)
 from tiny_run import same_bits
 
 import finetune
@@ -310,19 +319,8 @@ def test_the_derivative_is_that_of_central_differences(device):
 
 
 def test_forward_and_reverse_mode_give_one_jacobian(device):
-    """<v, J u> by torch.func.jvp and by torch.func.vjp: the Lipschitz analysis needs both."""
-    encoder = build(device)
-    z, pos, batch = single("acetamide", device)
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(pos.shape, dtype=torch.float64, generator=generator).to(device)
-
-    def embed(pos):
-        return torch.cat([part.flatten() for part in encoder(z, pos, batch)])
-
-    value, Ju = torch.func.jvp(embed, (pos,), (u,))
-    v = torch.randn(value.shape, dtype=torch.float64, generator=generator).to(device)
-    _, pull = torch.func.vjp(embed, pos)
-    assert torch.dot(v, Ju).item() == pytest.approx((pull(v)[0] * u).sum().item(), rel=1e-9)
+    """The Lipschitz analysis needs both."""
+    assert_one_jacobian(build(device), device)
 
 
 # ---------------------------------------------------------------- precision, compiling
