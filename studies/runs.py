@@ -75,6 +75,17 @@ OUTPUT = {
     for name in OBJECTIVES[:2]
 }
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
+# the denoising family; its coord and georecon are the rms arms of OUTPUT
+ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
+FAMILY = {
+    "rec_only": pretrain("objective=rec_only"),
+    "frad": pretrain("objective=frad", "data=data/qm9_rotors.h5"),
+    "scd": pretrain("objective=scd", ADAPTIVE),
+    "scd_no_g": pretrain("objective=scd", ADAPTIVE, "mask_probability=1"),  # the mask token always
+    "coord_adaptive": pretrain("objective=coord", ADAPTIVE),  # SCD's network, Coord's single encoding
+    "coord_painn": pretrain("objective=coord", PAINN),
+    "georecon_painn": pretrain("objective=georecon", PAINN),
+}
 KEPT = (0, 1000, 3000, 8000, 20000)
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=KEPT) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
@@ -121,6 +132,8 @@ STUDIES = {
     "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
     "output_norm": seeds((1, 2, 3), OUTPUT),
+    # the denoising family on equal footing; one run for longer: is g used more then?
+    "family": seeds((1, 2, 3), FAMILY) | seeds((1,), {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
@@ -140,16 +153,17 @@ NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is meas
 
 def analyses(study, run):
     """What is measured of a finished pretraining run: {key: (command, file, key in the file)}."""
-    if study not in (*SMOOTHNESS, "output_norm"):
+    if study not in (*SMOOTHNESS, "output_norm", "family"):
         return {}
     out = f"out/{study}/{run}"
     given = dict(argument.split("=", 1) for argument in STUDIES[study][run][2:])
-    on_qm9 = "data" not in given
+    on_qm9 = given.get("data", "data/qm9").startswith("data/qm9")
     data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
     few = [*data, "num_molecules=32", "iterations=15"]
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
-    if study == "output_norm":
-        places = {f"{of}_{noise}": (of, noise) for of in READINGS for noise in (0, NOISES[-1])}
+    if study in ("output_norm", "family"):
+        readings = READINGS if study == "output_norm" else READINGS[:1]
+        places = {f"{of}_{noise}": (of, noise) for of in readings for noise in (0, NOISES[-1])}
         how = {name: [f"of={of}", f"position_noise_scale={noise}"] for name, (of, noise) in places.items()}
         commands = {name: ["lipschitz.py", *steps, *few, *h, f"out_dir={out}/{name}"] for name, h in how.items()}
         return {name: (run, f"{out}/{name}/lipschitz.json", "summary") for name, run in commands.items()}
