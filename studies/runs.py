@@ -86,6 +86,7 @@ FAMILY = {
     "coord_painn": pretrain("objective=coord", PAINN),
     "georecon_painn": pretrain("objective=georecon", PAINN),
 }
+FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000, kept=(0, 20000))}
 KEPT = (0, 1000, 3000, 8000, 20000)
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=KEPT) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
@@ -133,7 +134,7 @@ STUDIES = {
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
     "output_norm": seeds((1, 2, 3), OUTPUT),
     # the denoising family on equal footing; one run for longer: is g used more then?
-    "family": seeds((1, 2, 3), FAMILY) | seeds((1,), {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}),
+    "family": seeds((1, 2, 3), FAMILY) | seeds((1,), FAMILY_LONG),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
