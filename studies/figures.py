@@ -11,24 +11,96 @@ from studies import runs
 def kind_of(study):
     """What a study's table and figure are of."""
     run, (program, *_) = next(iter(runs.STUDIES[study].items()))
-    if study == "output_norm":
-        return "readings"
-    return "smoothness" if runs.analyses(study, run) else "errors" if program == "finetune.py" else "losses"
+    if study in runs.SMOOTHNESS:
+        return "arms" if study in runs.BESIDE else "smoothness"
+    if kind := {"output_norm": "readings", "family": "family", "family_finetune": "family"}.get(study):
+        return kind
+    return "errors" if program == "finetune.py" else "losses"
+
+
+def rows_for(study, results):
+    """{arm: {column: its value for each seed}}."""
+    kinds = {"losses": losses_rows, "errors": errors_rows, "readings": readings_rows, "family": family_rows}
+    return kinds.get(kind_of(study), smoothness_rows)(results)
+
+
+def rows_of(results, columns):
+    """The rows of runs <arm>_s<seed>; columns are {name: figure of a result, or None}."""
+    rows = {}
+    for result in results:
+        row = rows.setdefault(result["run"].rpartition("_s")[0], {})
+        for name, figure in columns.items():
+            value = figure(result)
+            row.setdefault(name, []).extend([] if value is None else [value])
+    return rows
+
+
+def cell(values):
+    """Each seed's value; of three or more the mean ± the standard deviation."""
+    if len(values) < 3:
+        return " / ".join(f"{value:.4g}" for value in values)
+    mean = statistics.mean(values)
+    form = ",.0f" if mean >= 100 else ".1f" if mean >= 10 else ".3g"
+    return f"{mean:{form}} ± {statistics.stdev(values):{form.replace('3', '2')}}"
 
 
 def table(study, results):
-    """Lines of markdown: an arm of a study of smoothness, a test error of fine-tuning, or a run."""
-    kinds = {"smoothness": smoothness_table, "errors": errors_table, "losses": losses_table}
-    kinds["readings"] = readings_table
-    return kinds[kind_of(study)](results)
+    """Lines of markdown, an arm a line."""
+    rows = rows_for(study, results)
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    if kind_of(study) == "family":
+        least = {name: [least_difference([row.get(name, ()) for row in rows.values()])] for name in columns}
+        rows["the least difference that can be seen"] = least
+    yield f"| arm | {' | '.join(columns)} |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for arm, row in rows.items():
+        yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
+
+
+def least_difference(samples):
+    """The smallest difference of two arms that a test at 5 % sees: Student's t, variance of all arms."""
+    samples = [values for values in samples if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in samples)
+    if not freedom:
+        return math.nan
+    variance = sum(statistics.variance(values) * (len(values) - 1) for values in samples) / freedom
+    t = 1.96 + 2.37 / freedom + 2.82 / freedom**2  # the 97.5 % point, Abramowitz and Stegun 26.7.5
+    return t * math.sqrt(2 * variance / max(map(len, samples)))
 
 
 def draw(study, results):
     """results/STUDY/<kind>.png."""
     plt = need("matplotlib.pyplot", "drawing")
-    kinds = {"smoothness": draw_arms if study in runs.BESIDE else draw_smoothness}
-    kinds |= {"errors": draw_errors, "losses": draw_losses, "readings": draw_readings}
-    kinds[kind_of(study)](plt, results, runs.ROOT / "results" / study)
+    drawn = {"losses": draw_losses, "smoothness": draw_smoothness}.get(kind_of(study), draw_rows)
+    drawn(plt, study, results, runs.ROOT / "results" / study)
+
+
+def draw_rows(plt, study, results, folder):
+    """A row an arm, a panel a column, a point a seed."""
+    rows, kind = rows_for(study, results), kind_of(study)
+    if kind == "errors":  # a panel a task: its error of forces, or its first
+        tasks = {error.partition(":")[0]: error for error in sorted(rows, key=lambda error: "forces" in error)}
+        starts = dict.fromkeys(start for row in rows.values() for start in row)
+        rows = {start: {error: rows[error].get(start, []) for error in tasks.values()} for start in starts}
+    shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
+    columns = shown or list(dict.fromkeys(column for row in rows.values() for column in row))
+    size = {"figsize": (1.6 + 1.5 * len(columns), 1.2 + 0.28 * len(rows)), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, **size)
+    for axis, column in zip(axes[0], columns, strict=True):
+        points = [(value, place) for place, row in enumerate(rows.values()) for value in row.get(column, [])]
+        axis.set_title(column.replace("&#8491;", "Å").replace(": ", "\n"), fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="y", color="0.9")
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, "o", color="black", ms=4, fillstyle="none")
+            if max(x) > 5 * min(x) > 0:
+                axis.set(xscale="log")
+                axis.xaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+                axis.xaxis.set_minor_formatter(plt.NullFormatter())
+    axes[0, 0].set_yticks(range(len(rows)), list(rows))
+    axes[0, 0].invert_yaxis()
+    save(figure, folder / f"{kind}.png", results)
 
 
 def save(figure, path, results, dpi=110):
@@ -41,90 +113,54 @@ def save(figure, path, results, dpi=110):
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
 
 
-def losses_table(results):
-    names = ("loss_noise", "loss_rec", "loss_rec_shuffled", "loss_clean")
-    for result in results:
-        val = result["val"]
-        losses = " | ".join(f"{val[name]:.4f}" if name in val else "" for name in names)
-        run = f"{result['study']} | {result['objective']} | {result['seed']}"
-        yield f"| {run} | {result['steps']:,} | {losses} | {result['device']} |"
+def use_of_g(val):
+    """By how much another molecule's g raises the loss that g is for, in percent; None without g."""
+    loss = "loss_rec" if "loss_rec" in val else "loss_noise"
+    other = val.get(f"{loss}_shuffled")
+    return None if other is None else 100 * (other / val[loss] - 1)
 
 
-DOTS = (0, (1, 1))
-# what fine-tuning starts from: color, line
-STARTS = {"scratch": ("0.6", ":"), "coord": ("tab:orange", "--"), "georecon": ("black", "-")}
-STARTS |= {"alpha3": ("tab:blue", "-."), "alpha3_no_g": ("tab:blue", DOTS), "coord_noise3": ("tab:orange", DOTS)}
-STARTS |= {"no_g": ("0.4", DOTS), "rec_only": ("tab:blue", "--")}
+LOSSES = {name: lambda val, name=name: val.get(name) for name in ("loss_noise", "loss_rec", "loss_clean")}
+LOSSES["use of g, %"] = use_of_g
 
 
-def draw_losses(plt, results, folder):
+def losses_rows(results):
+    return rows_of(results, {name: lambda run, of=figure: of(run["val"]) for name, figure in LOSSES.items()})
+
+
+# objective: color, line
+STYLES = {"coord": ("tab:orange", "--"), "georecon": ("black", "-"), "rec_only": ("tab:blue", "--")}
+
+
+def draw_losses(plt, study, results, folder):
     """Validation losses over the steps, a panel each, and whether the decoder uses the graph embedding."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
-    for axis, name in zip(axes, ("loss_noise", "loss_rec", "loss_clean", "rise"), strict=True):
+    figure, axes = plt.subplots(1, len(LOSSES), figsize=(13, 3.4), layout="constrained")
+    for axis, (name, figure_of) in zip(axes, LOSSES.items(), strict=True):
         for result in results:
-            records, rounded = result["curve_val"], "precision=bf16" in result["command"]
-            color, line = STARTS[result["objective"]]
-            style = {"color": color, "ls": DOTS if rounded else line, "lw": 1.2}
-            if result["seed"] == results[0]["seed"]:
-                style["label"] = result["objective"] + ", bfloat16" * rounded
-            if name in records[0]:
-                axis.plot([r["step"] for r in records], [r[name] for r in records], **style)
-            elif name == "rise" and "loss_rec_shuffled" in records[0]:
-                rise = [100 * (r["loss_rec_shuffled"] / r["loss_rec"] - 1) for r in records]
-                axis.plot([r["step"] for r in records], rise, **style)
-        axis.set(xlabel="step", yscale="linear" if name == "rise" else "log", title=name)
-    axes[3].set(ylim=(-0.1, 2), title="rise of loss_rec, %, with a wrong g")
+            color, line = STYLES[result["objective"]]
+            rounded, first = "precision=bf16" in result["command"], result["seed"] == results[0]["seed"]
+            label = result["objective"] + ", bfloat16" * rounded if first else None
+            points = [(record["step"], figure_of(record)) for record in result["curve_val"]]
+            if points[-1][1] is not None:
+                axis.plot(*zip(*points, strict=True), color=color, ls=":" if rounded else line, lw=1.2, label=label)
+        axis.set(xlabel="step", yscale="linear" if figure_of is use_of_g else "log", title=name)
+    axes[-1].set(ylim=(-0.1, 2))
     axes[0].legend(frameon=False)
     save(figure, folder / "loss.png", results, dpi=120)
 
 
-def by_task(results):
-    """Fine-tuning runs <task>_<start>_s<seed> as {task: {start: [result of each seed]}}."""
-    tasks = {}
-    for name, repeats in by_arm(results).items():
-        start = next(start for start in STARTS if name.endswith(f"_{start}"))
-        tasks.setdefault(name.removesuffix(f"_{start}"), {})[start] = repeats
-    return tasks
-
-
-def errors_table(results):
-    tasks = by_task(results)
-    known = [start for start in STARTS if any(start in starts for starts in tasks.values())]
-    for task, starts in tasks.items():
-        first = next(iter(starts.values()))[0]
-        for split, errors in first["test"].items():
-            for name in (name for name in errors if "rmse" not in name and "per_atom" not in name):
-                found = [[r["test"][split][name] for r in starts.get(start, ())] for start in known]
-                cells = [" / ".join(f"{value:.4g}" for value in values) for values in found]
-                row = f"{task} | {split} | {name} | {first['units'].get(name, '')}"
-                yield f"| {row} | {first['steps']:,} | {' | '.join(cells)} |"
-
-
-def draw_errors(plt, results, folder):
-    """Validation errors over the steps, a panel a task, a line a start."""
-    tasks = by_task(results)
-    rows = 1 if len(tasks) < 4 else 2
-    columns = -(-len(tasks) // rows)
-    size = {"figsize": (3 * columns, 2.8 * rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **size)
-    for axis, (task, starts) in zip(axes.flat, tasks.items(), strict=False):
-        for start, repeats in starts.items():
-            color, line = STARTS[start]
-            for k, run in enumerate(repeats):
-                name = "forces_mae" if "forces_mae" in run["val"] else next(iter(run["val"]))
-                records = [record for record in run["curve_val"] if record["step"]]
-                x, y = ([record[key] for record in records] for key in ("step", name))
-                axis.plot(x, y, ls=line, color=color, lw=1.2, label=None if k else start)
-            if f"{name}_ridge" in run["val"]:
-                axis.axhline(run["val"][f"{name}_ridge"], color=color, ls=line, lw=0.5)
-        unit = run["units"].get(name, "")
-        axis.set(xlabel="step", yscale="log", title=f"{task}: {name}\n{unit}, validation")
-    for axis in axes.flat[len(tasks) :]:
-        axis.remove()
-    found = (axis.get_legend_handles_labels() for axis in axes.flat[: len(tasks)])
-    lines = {label: line for pair in found for line, label in zip(*pair, strict=True)}
-    axes[0, 0].legend(lines.values(), lines.keys(), frameon=False)
-    save(figure, folder / "errors.png", results)
+def errors_rows(results):
+    """{error: {what fine-tuning, <task>_<start>_s<seed>, starts from: test error for each seed}}."""
+    rows = {}
+    for run in results:
+        name = run["run"].rpartition("_s")[0]
+        start = max((start for start in runs.ALL_STARTS if name.endswith(f"_{start}")), key=len)
+        task = name.removesuffix(f"_{start}")
+        for split, errors in run["test"].items():
+            for error in (error for error in errors if "rmse" not in error and "per_atom" not in error):
+                kind = f"{task}, {split}: {error}, {run['units'].get(error, '')}"
+                rows.setdefault(kind, {}).setdefault(start, []).append(errors[error])
+    return rows
 
 
 def at_end(result, kind):
@@ -149,6 +185,10 @@ SMOOTHNESS = {
 }
 
 
+def smoothness_rows(results):
+    return rows_of(results, SMOOTHNESS)
+
+
 def by_arm(results):
     """{arm: [result of each seed]}."""
     arms = {}
@@ -157,16 +197,7 @@ def by_arm(results):
     return arms
 
 
-def smoothness_table(results):
-    yield f"| arm | {' | '.join(SMOOTHNESS)} |"
-    yield "|---" * (1 + len(SMOOTHNESS)) + "|"
-    for arm, repeats in by_arm(results).items():
-        columns = [[figure(run) for run in repeats] for figure in SMOOTHNESS.values()]
-        known = [[f"{value:.3g}" for value in column if value is not None] for column in columns]
-        yield f"| {arm} | {' | '.join(map(' / '.join, known))} |"
-
-
-def draw_smoothness(plt, results, folder):
+def draw_smoothness(plt, study, results, folder):
     """Median LLC over the steps, and at the last step over noise; a column for each norms."""
     columns = {}
     for arm, repeats in by_arm(results).items():
@@ -207,67 +238,36 @@ def medians(result, reading, noise=0):
     return [one["llc"]["median"] for one in result[f"{reading}_{noise}"].values()]
 
 
-def spread(values):
-    """mean ± standard deviation over the seeds."""
-    form = ",.0f" if statistics.mean(values) >= 100 else ".2g"
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{deviation}"
+def readings_rows(results):
+    """{arm: {reading of the encoder's output: LLC for each seed}}, untrained networks among the arms."""
+
+    def columns(when):
+        at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
+        names = (f"{of} at {noise} &#8491;" if noise else of for of, noise in at)
+        return {name: lambda run, at=where: medians(run, *at)[when] for name, where in zip(names, at, strict=True)}
+
+    untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
+    untrained = {arm.replace("coord", "untrained"): row for arm, row in untrained.items()}
+    return untrained | rows_of(results, columns(-1))
 
 
-def readings_table(results):
-    heads = [f"{of}{what}" for of in runs.READINGS for what in (", untrained", "", ", at 0.04 &#8491;")]
-    yield f"| arm | seeds | {' | '.join(heads)} |"
-    yield "|---" * (2 + len(heads)) + "|"
-    for arm, repeats in by_arm(results).items():
-        cells = []
-        for of in runs.READINGS:
-            untrained, trained = zip(*(medians(run, of) for run in repeats), strict=True)
-            noised = [medians(run, of, runs.NOISES[-1])[-1] for run in repeats]
-            cells += map(spread, (untrained, trained, noised))
-        yield f"| {arm} | {len(repeats)} | {' | '.join(cells)} |"
+FAMILY = {  # of a pretraining run
+    "loss_noise": lambda run: run["val"]["loss_noise"],
+    "use of g, %": lambda run: use_of_g(run["val"]),
+    "LLC": lambda run: medians(run, "graph")[-1],
+    "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1],
+}
+FINETUNED = tuple(f"readout-{y}, test: {y}_mae_ridge" for y in ("H", "U0", "gap"))
+FINETUNED += ("gap, test: gap_mae,", "aspirin, test: forces_mae")
 
 
-def draw_readings(plt, results, folder):
-    """Median LLC by norms, a panel a reading, a point a seed; crosses: untrained."""
-    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(9, 3.4), layout="constrained")
-    arms = by_arm(results)
-    norms = list(dict.fromkeys(arm.rpartition("_")[2] for arm in arms))
-    for axis, of in zip(axes, runs.READINGS, strict=True):
-        for arm, repeats in arms.items():
-            objective, _, norm = arm.rpartition("_")
-            color, place = STARTS[objective][0], norms.index(norm) + (0.15 if objective == "georecon" else -0.15)
-            untrained, trained = zip(*(medians(run, of) for run in repeats), strict=True)
-            label = objective if norm == norms[0] else None
-            axis.plot([place] * len(trained), trained, "o", color=color, ms=5, fillstyle="none", label=label)
-            axis.plot([place] * len(untrained), untrained, "x", color="0.6", ms=4)
-        axis.set_xticks(range(len(norms)), norms)
-        axis.set(yscale="log", title={"graph": "mean of x", "atoms": "x of all atoms", "all": "x and vec"}[of])
-        axis.grid(axis="y", color="0.9")
-    axes[0].set_ylabel("median LLC, 1/angstrom")
-    axes[0].legend(frameon=False, fontsize=8)
-    save(figure, folder / "readings.png", results)
-
-
-def draw_arms(plt, results, folder):
-    """A row an arm, a point a seed: what a wrong g costs the decoder, the LLC, the readout of H."""
-    arms = by_arm(results)
-    size = {"figsize": (9.5, 1.2 + 0.28 * len(arms)), "layout": "constrained"}
-    figure, (use, smooth, readout) = plt.subplots(1, 3, sharey=True, **size)
-    points = [("isomer's g, %", use, "o", "black"), ("mean g, %", use, "x", "tab:red")]
-    points += [("LLC", smooth, "o", "black"), ("H, ridge, meV", readout, "o", "black")]
-    for name, axis, marker, color in points:
-        y = [place for place, repeats in enumerate(arms.values()) for _ in repeats]
-        x = [SMOOTHNESS[name](run) for repeats in arms.values() for run in repeats]
-        x = [math.nan if value is None else value for value in x]  # not every arm has each figure
-        axis.plot(x, y, marker, color=color, ms=5, fillstyle="none")
-        axis.grid(axis="y", color="0.9")
-    use.set(xscale="log", xlabel="rise of the rec loss, %, with another g")
-    use.legend(["an isomer's", "the mean"], frameon=False, fontsize=8)
-    smooth.set(xscale="log", xlabel="median LLC, 1/angstrom")
-    for axis, ticks in ((use, [0.5, 1, 2, 5, 10]), (smooth, [3, 5, 10, 20, 40])):
-        axis.set_xticks(ticks, list(map(str, ticks)))
-        axis.set_xticks([], minor=True)
-    readout.set(xlabel="linear readout of H, error in meV")
-    use.set_yticks(range(len(arms)), list(arms))
-    use.invert_yaxis()
-    save(figure, folder / "arms.png", results)
+def family_rows(results):
+    """As rows_of: of pretraining runs, and of what was fine-tuned from them."""
+    finetuned = [run for run in results if run["study"] == "family_finetune"]
+    rows = rows_of([run for run in results if run["study"] != "family_finetune"], FAMILY)
+    rows = {arm.removesuffix("_rms"): row for arm, row in rows.items()}
+    for kind, starts in errors_rows(finetuned).items():
+        if kind.startswith(FINETUNED):
+            for arm, values in starts.items():
+                rows.setdefault(arm, {})[kind.replace(", test", "")] = values
+    return rows

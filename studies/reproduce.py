@@ -19,7 +19,7 @@ from harness.errors import InputError, cli, explain
 from harness.files import names_of, write_json
 from harness.weights import require
 from studies import runs
-from studies.figures import draw, kind_of, table
+from studies.figures import draw, table
 from studies.runs import STUDIES, analyses
 
 
@@ -86,7 +86,7 @@ def template(study, run):
     """What tables and figures take of a result, as harness.weights.require reads it."""
     like = {"study": study, "run": run, "command": str, "commit": (str, type(None)), "seed": int}
     like |= {"steps": int, "val": {str: float}, "curve_val": list}
-    if kind_of(study) == "errors":
+    if STUDIES[study][run][0] == "finetune.py":
         return like | {"test": {str: {str: float}}, "units": {str: str}}
     for key, (command, _, inner) in analyses(study, run).items():
         names = names_of([word for word in command if word.endswith(".pt") and "=" not in word])
@@ -111,9 +111,9 @@ def read_result(study, run):
 
 def read_results(study):
     """What is finished of a study, after what it is to be compared with."""
-    beside = runs.BESIDE.get(study, ())
-    names = [("control", run) for run in STUDIES["control"] if run.rpartition("_")[0] in beside]
-    names += [(study, run) for run in STUDIES[study]]
+    names = []
+    for other, arms in (runs.BESIDE.get(study, {}) | {study: None}).items():
+        names += [(other, run) for run in STUDIES[other] if arms is None or run.rpartition("_")[0] in arms]
     return [read_result(*name) for name in names if finished(*name)]
 
 

@@ -43,12 +43,12 @@ U0 = arms("U0", finetune("qm9_U0", 1000, *QM9_UNSEEN))
 BPA = arms("3bpa", finetune("3bpa", 1000))
 
 
-def probe(target, encoder):
+def probe(target, *more):
     parts = "train_split=val val_split=train train_size=0 val_size=1000"
-    return f"finetune.py configs/probe_qm9.yaml target={target} {parts} init_from={encoder}".split()
+    return [*f"finetune.py configs/probe_qm9.yaml target={target} {parts}".split(), *more]
 
 
-PROBE = {f"probe_{y}_{o}": probe(y, path) for y in ("gap", "U0") for o, path in ENCODERS.items()}
+PROBE = {f"probe_{y}_{o}": probe(y, f"init_from={path}") for y in ("gap", "U0") for o, path in ENCODERS.items()}
 
 # objective or architecture: norms of Coord's public code, ours, those of GeoRecon's likely parent
 PUBLIC = ["model.x_norm_layer=false", "model.vec_norm_layer=none", "model.vec_norm_out=whiten"]
@@ -86,6 +86,10 @@ FAMILY = {
     "coord_painn": pretrain("objective=coord", PAINN),
     "georecon_painn": pretrain("objective=georecon", PAINN),
 }
+STARTS = {"coord": "output_norm/coord_rms", "georecon": "output_norm/georecon_rms"}
+STARTS = {"untrained": STARTS["coord"], **STARTS} | {run: f"family/{run}" for run in FAMILY}
+STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("adaptive", "painn")}
+READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
 FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000, kept=(0, 20000))}
 KEPT = (0, 1000, 3000, 8000, 20000)
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=KEPT) for o in OBJECTIVES}
@@ -115,13 +119,16 @@ EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
 EQUAL |= {r: f"graph_embedding/{r}" for r in ("alpha3", "alpha3_no_g", "coord_noise3", "no_g")}
 
 
-def from_own_seed(tasks, encoders):
-    """Each task from each encoder; the pretraining and the fine-tuning have the same seed."""
-    starts = [(start, encoder, n) for start, encoder in encoders.items() for n in (1, 2)]
-    more = {f"{s}_s{n}": [f"init_from=out/{e}_s{n}/encoder.pt", f"seed={n}"] for s, e, n in starts}
+def from_own_seed(tasks, encoders, numbers=(1, 2)):
+    """Each task from each encoder, "untrained" ones, too; pretraining and fine-tuning have the same seed."""
+    more = {}
+    for start, encoder in encoders.items():
+        weights = "step_0.pt" if start.startswith("untrained") else "encoder.pt"
+        more |= {f"{start}_s{n}": [f"init_from=out/{encoder}_s{n}/{weights}", f"seed={n}"] for n in numbers}
     return {f"{task}_{s}": [*run, *words] for task, run in tasks.items() for s, words in more.items()}
 
 
+ALL_STARTS = {"scratch", *STARTS, *THERMAL, *EQUAL}
 SMALL_RUNS = ASPIRIN | GAP | BPA | PROBE | U0 | GAP_SEEN
 FRAMES, LABELS = {"aspirin": ASPIRIN["aspirin_scratch"]}, {"gap": GAP["gap_scratch"]}
 QM9_SMALL = ["pretrain.py", "configs/qm9_small.yaml"]
@@ -135,6 +142,7 @@ STUDIES = {
     "output_norm": seeds((1, 2, 3), OUTPUT),
     # the denoising family on equal footing; one run for longer: is g used more then?
     "family": seeds((1, 2, 3), FAMILY) | seeds((1,), FAMILY_LONG),
+    "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
@@ -146,8 +154,10 @@ STUDIES = {
     # what the pretraining is worth, in a few minutes a run on one core
     "finetune_small": seeds((1,), SMALL_RUNS) | seeds((2,), ASPIRIN | GAP),
 }
-# the control's arms that a study is to be compared with
-BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), ("coord_rms", "georecon_rms"))
+# arms of other studies that a study is to be compared with
+EQUAL_ARMS = ("coord_rms", "georecon_rms")
+BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
+BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
@@ -176,5 +186,5 @@ def analyses(study, run):
         found[name] = noised, f"{out}/{name}/lipschitz.json", "summary"
     use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
     found["graph_embedding"] = use, f"{out}/use/graph_embedding.json", "checkpoints"
-    readout = [*probe("H", f"{out}/encoder.pt"), f"out_dir={out}/probe"]
+    readout = [*probe("H", f"init_from={out}/encoder.pt"), f"out_dir={out}/probe"]
     return found | ({"probe_H": (readout, f"{out}/probe/metrics.json", "test")} if on_qm9 else {})
