@@ -38,10 +38,10 @@ def rows_of(results, columns):
 def cell(values):
     """Each seed's value; of three or more the mean ± the standard deviation."""
     if len(values) < 3:
-        return " / ".join(f"{value:.4g}" for value in values)
+        return " / ".join(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values)
     mean = statistics.mean(values)
-    form = ",.0f" if mean >= 100 else ".1f" if mean >= 10 else ".3g"
-    return f"{mean:{form}} ± {statistics.stdev(values):{form.replace('3', '2')}}"
+    form = ",.0f" if mean >= 100 else ".1f" if mean >= 10 else ".2f" if mean >= 1 else ".4f"
+    return f"{mean:{form}} ± {statistics.stdev(values):{form}}"
 
 
 def table(study, results):

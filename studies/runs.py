@@ -24,7 +24,7 @@ def finetune(config, steps, *more):
     return ["finetune.py", f"configs/{config}.yaml", *SMALL, *length.split(), *more]
 
 
-ENCODERS = {objective: f"results/encoders/{objective}_s1.pt" for objective in ("georecon", "coord")}
+ENCODERS = {objective: f"results/encoders/{objective}_s1.pt" for objective in ("coord", "georecon")}
 
 
 def arms(name, run):

@@ -1,6 +1,7 @@
 """What is kept of a run, what is drawn of it, and that a damaged result is one line."""
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import InputError
-from studies import reproduce, runs
+from studies import figures, reproduce, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +34,27 @@ def test_every_result_is_of_a_run_of_its_study(capsys):
         assert there == set(read) <= set(commands) and there
     reproduce.main([])
     assert "control: 18 of 18 runs done" in capsys.readouterr().out
+
+
+PUBLISHED = {
+    "README.md": ("output_norm", "qm9_small", "qm9_wide", "thermal", "finetune_equal", "finetune_small"),
+    "lipschitz.md": ("control", "control_long", "alpha", "graph_embedding"),
+}
+
+
+@pytest.mark.parametrize("page, study", [(page, study) for page in PUBLISHED for study in PUBLISHED[page]])
+def test_published_tables_are_those_of_the_results(page, study):
+    table = "\n".join(figures.table(study, reproduce.read_results(study)))
+    assert f"<!-- {study} -->\n{table}\n\n" in (ROOT / "results" / page).read_text()
+
+
+def test_what_a_design_can_see():
+    """Two arms of three seeds: t(4) = 2.776; a difference of two means has the variance 2 s^2 / 3."""
+    samples = [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]]
+    assert figures.least_difference(samples) == pytest.approx(2.776 * math.sqrt(2 / 3), rel=0.02)
+    many = [[float(seed + arm) for seed in range(3)] for arm in range(12)]  # t(24) = 2.064
+    assert figures.least_difference(many) == pytest.approx(2.064 * math.sqrt(2 / 3), rel=0.002)
+    assert math.isnan(figures.least_difference([[1.0], [2.0]]))
 
 
 def test_drawing_makes_the_figure_and_leaves_the_results(place, capsys):
