@@ -32,9 +32,15 @@ from torch.nn.functional import silu
 # ---------------------------------------------------------------- 1  graph operations
 
 
+def take(x, index):
+    """The rows of x (N, ...) at index (E,) -> (E, ...). gather, since index_select's derivative compiles to atomics."""
+    return x.gather(0, index.view(-1, *[1] * (x.ndim - 1)).expand(-1, *x.shape[1:]))
+
+
 def scatter_sum(src, index, size):
     """Sum the rows of src (E, ...) that share an index (E,) -> (size, ...)."""
-    return src.new_zeros(size, *src.shape[1:]).index_add_(0, index, src)
+    index = index.view(-1, *[1] * (src.ndim - 1)).expand_as(src)
+    return src.new_zeros(size, *src.shape[1:]).scatter_add_(0, index, src)
 
 
 def scatter_mean(src, index, size):
@@ -66,10 +72,8 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
     if max_num_neighbors:
         degree = 1 + torch.bincount(torch.cat([i[near], j[near]]), minlength=len(pos))
         if (most := degree.max().item()) > max_num_neighbors:
-            raise ValueError(
-                f"max_num_neighbors = {max_num_neighbors}, but an atom has {most} neighbours (itself included) within "
-                f"{cutoff} angstrom: raise it, or set 0 for no bound"
-            )
+            told = f"an atom has {most} neighbours (itself included): raise it, or set 0 for no bound"
+            raise ValueError(f"max_num_neighbors = {max_num_neighbors}, but {told}")
     return torch.stack([j[near], i[near]])  # (2, P)
 
 
@@ -147,8 +151,8 @@ class NeighborEmbedding(nn.Module):
     def forward(self, z, x, graph):
         neighbor = self.embedding(z)  # (N, F)
         filters = self.distance_proj(graph.edge_attr) * graph.cutoff  # (P, F)
-        total = scatter_sum(neighbor.index_select(0, graph.j) * filters, graph.i, len(z))
-        total.index_add_(0, graph.j, neighbor.index_select(0, graph.i) * filters)
+        total = scatter_sum(take(neighbor, graph.j) * filters, graph.i, len(z))
+        total = total + scatter_sum(take(neighbor, graph.i) * filters, graph.j, len(z))
         return self.combine(torch.cat([x, total], dim=1))
 
 
@@ -230,11 +234,11 @@ class EquivariantMultiHeadAttention(nn.Module):
         cutoff, d_x, d_1, d_2 = self.fade(graph, d_x, d_1, d_2)
         unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
-            attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
-            y.index_add_(0, i, self.weigh(v_x.index_select(0, j) * d_x, attention))  # (P, F) -> (N, F)
-            along = (v_2.index_select(0, j) * d_2).unsqueeze(1)  # (P, 1, F)
-            message = torch.addcmul(vec_v.index_select(0, j) * d_1.unsqueeze(1), along, unit, value=sign)
-            w.index_add_(0, i, message)  # (P, 3, F) -> (N, 3, F)
+            attention = self.attend(take(q, i), take(k, j), d_k) * cutoff  # (P, H, 1)
+            y = y + scatter_sum(self.weigh(take(v_x, j) * d_x, attention), i, len(x))  # (P, F) -> (N, F)
+            along = (take(v_2, j) * d_2).unsqueeze(1)  # (P, 1, F)
+            message = torch.addcmul(take(vec_v, j) * d_1.unsqueeze(1), along, unit, value=sign)
+            w = w + scatter_sum(message, i, len(x))  # (P, 3, F) -> (N, 3, F)
         return self.update(y, w, vec)
 
     def first(self, x, graph):
@@ -250,10 +254,10 @@ class EquivariantMultiHeadAttention(nn.Module):
         cutoff, d_x, d_2 = self.fade(graph, d_x, d_2)
         unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
-            attention = self.attend(q.index_select(0, i), k.index_select(0, j), d_k) * cutoff  # (P, H, 1)
-            y.index_add_(0, i, self.weigh(v_x.index_select(0, j) * d_x, attention))  # (P, F) -> (N, F)
-            along = (v_2.index_select(0, j) * d_2).unsqueeze(1)  # (P, 1, F)
-            w.index_add_(0, i, along * (sign * unit))  # (P, 3, F) -> (N, 3, F)
+            attention = self.attend(take(q, i), take(k, j), d_k) * cutoff  # (P, H, 1)
+            y = y + scatter_sum(self.weigh(take(v_x, j) * d_x, attention), i, len(x))  # (P, F) -> (N, F)
+            message = (take(v_2, j) * d_2).unsqueeze(1) * (sign * unit)  # (P, 3, F)
+            w = w + scatter_sum(message, i, len(x))  # (N, 3, F)
         # vec_proj gets a zero vec, not None: DDP needs a gradient (here zero) for its weights in every step
         return self.update(y, w, x.new_zeros(1, 3, x.shape[1]))
 
@@ -269,7 +273,6 @@ class EquivariantMultiHeadAttention(nn.Module):
 
 class RMSVectorNorm(nn.Module):
     """vec / sqrt(mean(vec^2) + 1), the mean over axes and channels: (N, 3, F) -> (N, 3, F).
-
     PAPER-SILENT: the default. With eps = 1 it shrinks large vectors and leaves small ones alone. So it does not
     amplify rounding where symmetry forces vec = 0, and it is exact on every symmetric molecule.
     """
@@ -371,8 +374,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.embedding_dimension % self.num_heads:
-            channels, heads = self.embedding_dimension, self.num_heads
-            raise ValueError(f"model.embedding_dimension = {channels} must be a multiple of model.num_heads = {heads}")
+            width = f"model.embedding_dimension = {self.embedding_dimension}"
+            raise ValueError(f"{width} must be a multiple of model.num_heads = {self.num_heads}")
 
 
 class EquivariantLayers(nn.Module):
@@ -398,7 +401,7 @@ class EquivariantLayers(nn.Module):
         if not given:
             edge_index = radius_graph(pos, batch, self.config.cutoff_upper, self.config.max_num_neighbors)
         j, i = edge_index
-        edge_vec = pos.index_select(0, j) - pos.index_select(0, i)  # (P, 3)
+        edge_vec = take(pos, j) - take(pos, i)  # (P, 3)
         # the clamp keeps two coincident atoms finite: derivative 0 instead of 0 / 0
         edge_weight = edge_vec.square().sum(-1).clamp(min=1e-12).sqrt()  # (P,)
         return Graph(
@@ -422,7 +425,6 @@ class EquivariantLayers(nn.Module):
 
 class EquivariantTransformer(EquivariantLayers):
     """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F) invariant, vec (N, 3, F) equivariant. Sec. 4.2.
-
     Attribute names and weight layout are TorchMD-NET's, so its `representation_model.*` loads.
     """
 
@@ -451,7 +453,6 @@ def new_encoder(config):
 
 class GatedEquivariantBlock(nn.Module):
     """x' = s, vec' = g * (W2 vec), [s, g] = MLP[x || |W1 vec|]: (N, F), (N, 3, F) -> (N, O), (N, 3, O).
-
     arXiv:2102.03150 (PaiNN), Fig. 3, as in TorchMD-NET.
     """
 
@@ -488,8 +489,7 @@ class EquivariantScalar(EquivariantHead):
 
     def __init__(self, channels):
         super().__init__(channels)
-        # Nothing uses the vector output of the last block. Its weights stay so that TorchMD-NET's files load by name.
-        # They get no gradient, so DDP must not wait for one.
+        # Nothing uses the last block's vectors. Its weights stay for TorchMD-NET's files, without a gradient for DDP.
         self.output_network[-1].vec2_proj.requires_grad_(False)
 
     def forward(self, x, vec):
@@ -519,7 +519,7 @@ def centred(z, pos, batch, num_molecules):
     masses = pos.new_tensor(ATOMIC_MASSES)  # (93,)
     mass = masses[z.clamp(max=len(masses) - 1)].unsqueeze(1)  # (N, 1); past uranium all weigh alike
     centre = scatter_sum(mass * pos, batch, num_molecules) / scatter_sum(mass, batch, num_molecules)  # (B, 3)
-    return pos - centre.index_select(0, batch)
+    return pos - take(centre, batch)
 
 
 class EquivariantDipoleMoment(EquivariantHead):
@@ -559,9 +559,9 @@ def load_encoder(path):
             raise ValueError(f"its schema is {checkpoint['schema']}")
         encoder = new_encoder(ModelConfig(**checkpoint["model"]))
         encoder.load_state_dict(checkpoint["state_dict"])
-    except OSError:
-        raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
+        if isinstance(error, OSError):
+            raise
         first = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no encoder.pt of schema georecon/1: {type(error).__name__} {first}") from None
     return encoder

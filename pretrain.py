@@ -39,6 +39,7 @@ from model import (
     scatter_mean,
     scatter_sum,
     setting,
+    take,
 )
 
 # ---------------------------------------------------------------- settings
@@ -112,7 +113,7 @@ class GraphPooling(nn.Module):
         score = self.score(x)  # (N, 1)
         lowest = score.new_full((num_molecules, 1), -torch.inf)
         highest = lowest.scatter_reduce(0, batch.unsqueeze(1), score.detach(), "amax")  # (B, 1)
-        weight = (score - highest.index_select(0, batch)).exp()  # (N, 1)
+        weight = (score - take(highest, batch)).exp()  # (N, 1)
         return scatter_sum(weight * x, batch, num_molecules) / scatter_sum(weight, batch, num_molecules)
 
 
@@ -132,7 +133,7 @@ class GraphReconstructionDecoder(EquivariantLayers):
         self.head = EquivariantVectorOutput(channels)
 
     def forward(self, x, vec, graph_emb, pos, batch):
-        x = self.combine(torch.cat([x, graph_emb.index_select(0, batch)], dim=1))  # (N, F)
+        x = self.combine(torch.cat([x, take(graph_emb, batch)], dim=1))  # (N, F)
         return self.head(*self.layers(x, vec, self.graph(pos, batch)))  # (N, 3)
 
 
@@ -190,9 +191,8 @@ class Pretraining(nn.Module):
 
         # Graph level, Sec. 4.2 "Reconstruction Head": the decoder sees the clean molecule as g.
         # L_rec = 1/(3N) sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
-        graph_emb = self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         # decoder_graph_emb = false, a control: g tells nothing. It is 0 * g, for DDP: attention pooling gets a gradient
-        graph_emb = graph_emb * config.decoder_graph_emb
+        graph_emb = config.decoder_graph_emb * self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         rec = slice(N) if config.alpha == 1 else slice(2 * N, None)
         x_rec, vec_rec = x[rec], vec[rec] if config.decoder_vec else None
         losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)

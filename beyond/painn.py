@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from model import Linear, cosine_cutoff, linear, radius_graph
+from model import Linear, cosine_cutoff, linear, radius_graph, scatter_sum, take
 
 
 class Pairs(NamedTuple):
@@ -88,10 +88,10 @@ class PaiNNInteraction(nn.Module):
         s_mu = s_e.unsqueeze(1) * mu  # (N, 3, F): a product per atom, not per pair
         unit = pairs.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((pairs.i, pairs.j, 1), (pairs.j, pairs.i, -1)):
-            q = q.index_add(0, i, w_a * s_a.index_select(0, j))  # (P, F) -> (N, F)
-            along = (w_b * s_b.index_select(0, j)).unsqueeze(1)  # (P, 1, F)
-            message = torch.addcmul(w_e.unsqueeze(1) * s_mu.index_select(0, j), along, unit, value=sign)
-            mu = mu.index_add(0, i, message)  # (P, 3, F) -> (N, 3, F)
+            q = q + scatter_sum(w_a * take(s_a, j), i, len(q))  # (P, F) -> (N, F)
+            along = (w_b * take(s_b, j)).unsqueeze(1)  # (P, 1, F)
+            message = torch.addcmul(w_e.unsqueeze(1) * take(s_mu, j), along, unit, value=sign)
+            mu = mu + scatter_sum(message, i, len(q))  # (P, 3, F) -> (N, 3, F)
         return q, mu
 
 
@@ -139,7 +139,7 @@ class PaiNN(nn.Module):
         if edge_index is None:
             edge_index = radius_graph(pos, batch, self.config.cutoff_upper, self.config.max_num_neighbors)
         j, i = edge_index
-        edge_vec = pos.index_select(0, j) - pos.index_select(0, i)  # (P, 3)
+        edge_vec = take(pos, j) - take(pos, i)  # (P, 3)
         # the clamp keeps two coincident atoms finite: derivative 0 instead of 0 / 0
         distance = edge_vec.square().sum(-1).clamp(min=1e-12).sqrt()  # (P,)
         pairs = Pairs(i, j, edge_vec / distance.unsqueeze(-1))

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from harness.errors import InputError
-from model import EquivariantTransformer, EquivariantVectorOutput, Linear, scatter_sum
+from model import EquivariantTransformer, EquivariantVectorOutput, Linear, scatter_sum, take
 
 
 class AdaptiveNorm(nn.Module):
@@ -80,7 +80,7 @@ class AdaptiveTransformer(EquivariantTransformer):
         if graph_emb is None:
             condition = self.condition_norm(self.mask_token).expand(len(z), -1)  # (N, F)
         else:
-            condition = self.condition_norm(graph_emb).index_select(0, batch)  # (N, F)
+            condition = take(self.condition_norm(graph_emb), batch)  # (N, F)
         vec = None  # zero
         for k, attention in enumerate(self.attention_layers):
             h, gate = self.adaptive_norms[k](x, condition)  # (N, F)
