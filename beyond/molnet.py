@@ -36,6 +36,7 @@ KEY = re.compile(r"(?:^|\s)(smiles|labels|conformers|seed|targets|unit)=")
 SPLITS = ("train", "val", "test")
 NO_SPLIT = "none, a part would be empty; give finetune.py train_size, val_size or test_size"
 STEPS = 2000  # of the force field. After RDKit's 200 two of three drug-like molecules still move
+MAX_ATOMS = 400  # Uni-Mol's limit, too. A chain of 300 takes two minutes
 
 
 # ---------------------------------------------------------------- the table
@@ -115,8 +116,7 @@ def scaffolds(items):
     found = []
     for key, smiles, cells in items:
         mol, _ = parse(smiles)
-        scaffold = mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True)
-        found.append((key, scaffold, cells))
+        found.append((key, mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True), cells))
     return found
 
 
@@ -167,11 +167,25 @@ def elements(mol):
     return np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)  # (n,)
 
 
+def gather(mol):
+    """Put the parts of a salt or a hydrate in a row, 3 Å apart. RDKit leaves them in one place."""
+    from rdkit import Chem
+
+    pos, place, start = mol.GetConformer().GetPositions(), mol.GetConformer(), 0.0
+    parts = [list(part) for part in Chem.GetMolFrags(mol)]
+    for part in parts:
+        own = pos[part] - pos[part].mean(0)
+        pos[part] = own + [start - own[:, 0].min(), 0, 0]
+        start = pos[part][:, 0].max() + 3
+    if len(parts) > 1:
+        place.SetPositions(pos)
+
+
 def relax(mol):
     """Relax the one conformer of mol in place -> a note, or ""."""
     from rdkit.Chem import rdForceFieldHelpers as force_fields
 
-    # the parts of a salt must see each other, or they end up in one place
+    # the parts of a salt must feel each other
     keys = {"maxIters": STEPS, "ignoreInterfragInteractions": False}
     if force_fields.MMFFOptimizeMolecule(mol, **keys) >= 0:
         return ""
@@ -190,13 +204,13 @@ def embed(mol, seed):
 
     settings, mol = geometry.ETKDGv3(), Mol(mol)
     settings.randomSeed = seed
-    settings.embedFragmentsSeparately = False
     found = geometry.EmbedMolecule(mol, settings)
     if found < 0:  # large rings and cages
         settings.useRandomCoords = True
         found = geometry.EmbedMolecule(mol, settings)
     if found < 0:
         return None, "RDKit finds no conformer"
+    gather(mol)
     note = relax(mol)
     sound = fitting(None, elements(mol), mol.GetConformer().GetPositions(), mol)
     return (mol, note) if sound else (None, "the force field tears a bond apart")
@@ -211,12 +225,14 @@ def conformers(items, num, seed):
         mol, why = parse(smiles)
         try:
             whole = mol and Chem.AddHs(mol)
-            tries = [embed(whole, seed + k) for k in range(num)] if mol else [(None, why)]
+            why = f"more than {MAX_ATOMS} atoms" if mol and whole.GetNumAtoms() > MAX_ATOMS else why
+            tries = [(None, why)] if why else [embed(whole, seed + k) for k in range(num)]
         except (RuntimeError, ValueError) as error:
             tries = [(None, f"RDKit fails: {one_line(error)[:80]}")]
         good = [(mol, note) for mol, note in tries if mol]
         if not good:
-            molecules.append({"id": f"{key} {(smiles or '')[:60]}".strip(), "skip": tries[0][1]})
+            name = f"{key} {(smiles or '')[:60]}".strip()
+            molecules.append({"id": name, "skip": tries[0][1], "tags": numbers(cells)})
         for mol, note in good:
             notes = {note, "more than one part: a salt or a hydrate" if "." in smiles else ""}
             notes |= {"fewer conformers than asked for" if len(good) < num else ""}
