@@ -75,6 +75,7 @@ class FinetuneConfig:
     reduce: str = setting("sum", choices=("sum", "mean"), probe=False)  # of the per-atom scalars
     references: str = setting("auto", choices=("auto", "none", "fit"))
     loss: str = setting("mse", choices=("mse", "l1"), probe=False)
+    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # of a property: which error chooses best.pt
     energy_weight: float = setting(1.0, low=0)
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
@@ -168,8 +169,9 @@ def split_data(config, molecules):
         if key in parts or not name:
             raise InputError(f"test_split = {config.test_split}: a name is empty, or two become {key}", code=2)
         parts[key] = choose(molecules, name, config.test_size, "test_size", label)
-    together = np.concatenate([train, val, *parts.values()])
-    if len(np.unique(together)) < len(together):
+    molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))
+    each = [np.unique(molecule[part]) for part in (train, val, *parts.values())]
+    if len(np.unique(np.concatenate(each))) < sum(map(len, each)):
         raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
     return train, val, parts
 
@@ -391,7 +393,7 @@ def score(found, labels, config):
     """best.pt has the lowest score: the errors, weighted like the losses. PAPER-SILENT."""
     if labels.forces:
         return config.energy_weight * found["energy_mae"] + config.force_weight * found["forces_mae"]
-    return found[f"{labels.name}_mae"]
+    return found[f"{labels.name}_{config.metric}"]
 
 
 # ---------------------------------------------------------------- linear probe
