@@ -2,11 +2,13 @@
 
 import gzip
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from tiny_run import TINY
+from tiny_run import ROOT
 
 import data
 import finetune
@@ -321,13 +323,37 @@ def test_rdkit_is_asked_for(refused, monkeypatch):
 # --- the whole chain ---
 
 
-def test_finetuning_by_the_scaffold_split(convert, tmp_path):
+@pytest.mark.parametrize("name", ["freesolv", "lipo", "qm7", "qm8"])
+def test_each_config_runs_on_a_file_of_its_layout(convert, tmp_path, name):
+    """Conformers too: the error of a molecule is that of the mean over them."""
+    config = f"{ROOT}/configs/molnet_{name}.yaml"
+    target = yaml.safe_load(Path(config).read_text())["target"]
     cyclopropanes = (f"{'C' * n}C1CC1{end},{n}" for n in (0, 1, 2, 3) for end in ("", "O"))
-    m, _ = convert(rows(*cyclopropanes, "C1CCC1O,4", "C1CCCC1O,5"), "labels=y:log mol/L")
-    settings = TINY | {"data": m.path, "target": "y", "batch_size": 2, "max_steps": 2, "lr_warmup_steps": 1}
-    settings |= {f"{part}_split": part for part in ("train", "val", "test")} | {"val_size": 0, "out_dir": "out"}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    finetune.main(["run.yaml"])
+    text = rows(*cyclopropanes, "C1CCC1O,4", "C1CCCC1O,5", head=f"smiles,{target}")
+    m, _ = convert(text, f"labels={target}:kcal/mol", "conformers=2")
+    small = ["model.embedding_dimension=16", "model.num_layers=1", "model.num_rbf=8", "batch_size=4", "max_steps=2"]
+    finetune.main([config, f"data={m.path}", "out_dir=out", "log_every=1", *small])
     metrics = yaml.safe_load((tmp_path / "out/metrics.json").read_text())
-    assert metrics["molecules"] == {name: len(index) for name, index in m.splits.items()}
-    assert metrics["units"]["y_rmse"] == "log mol/L" and metrics["test"]["test"]["y_rmse"] > 0
+    assert metrics["molecules"] == {"train": 16, "val": 2, "test": 2}  # rows: two of each molecule
+    assert metrics["units"][f"{target}_rmse"] == "kcal/mol"
+    found = metrics["test"]["test"]
+    assert found[f"{target}_mae"] == pytest.approx(found[f"{target}_rmse"])  # one molecule
+
+    model = finetune.load_property_model(tmp_path / "out/best.pt")[0]
+    part = m.read(m.splits["test"])
+    y = model.restore(model(part["z"], part["pos"], part["batch"], 2)[0], part["z"], part["batch"])
+    label = m.label(target)[m.splits["test"][0]]
+    assert found[f"{target}_mae"] == pytest.approx(abs(y.mean().item() - label))
+
+
+def test_conformers_of_a_molecule_are_not_drawn_apart(convert):
+    m, _ = convert(rows("CCCCO,1", "CCCCN,2", "CCCCF,3"), "labels=y:eV", "conformers=2")
+    config = finetune.FinetuneConfig(data=m.path, target="y", val_size=1, test_size=1)
+    with pytest.raises(InputError, match="share molecules"):
+        finetune.split_data(config, m)
+
+
+def test_metric_chooses_the_error_that_chooses_the_weights():
+    found, labels = {"y_mae": 1.0, "y_rmse": 2.0}, SimpleNamespace(forces=False, name="y")
+    by = [finetune.score(found, labels, finetune.FinetuneConfig(**keys)) for keys in ({}, {"metric": "rmse"})]
+    assert by == [1.0, 2.0]
