@@ -18,6 +18,7 @@ import io
 import re
 import shlex
 from array import array
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from beyond.rotors import fitting
 from formats.sources import NUMBER, numbers, open_raw, parallel, parse_labels, readable, stem, with_labels
 from formats.write import save
-from harness.errors import InputError, need, one_line
+from harness.errors import InputError, explain, need, one_line
 from harness.files import check_file, check_new, sha256
 
 USAGE = "python data.py molnet FILE.csv OUT.h5 labels=NAME:UNIT,... [smiles=NAME] [conformers=1] [seed=0]"
@@ -116,7 +117,11 @@ def scaffolds(items):
     found = []
     for key, smiles, cells in items:
         mol, _ = parse(smiles)
-        found.append((key, mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True), cells))
+        try:
+            scaffold = mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True)
+        except (RuntimeError, ValueError):
+            scaffold = smiles  # RDKit finds none: a group of its own
+        found.append((key, scaffold, cells))
     return found
 
 
@@ -276,9 +281,10 @@ def from_csv(path, out, *words):
     attrs |= {"conformers": f"up to {num} neighbouring rows with the same id are one molecule"} if num > 1 else {}
 
     def stream():
-        for mol in parallel(partial(conformers, num=num, seed=seed), read_rows(path, *columns), chunk=16):
-            place = (split[mol["id"]],) if mol["id"] in split else ()
-            yield mol | {"split": place, "notes": {*mol.get("notes", ()), *twice}}
+        with explain(f"{path}: a process was lost over a molecule", BrokenProcessPool):
+            for mol in parallel(partial(conformers, num=num, seed=seed), read_rows(path, *columns), chunk=16):
+                place = (split[mol["id"]],) if mol["id"] in split else ()
+                yield mol | {"split": place, "notes": {*mol.get("notes", ()), *twice}}
 
     save(out, with_labels(stream(), asked), attrs, {dataset: unit for dataset, (_, unit) in asked.items()})
     with h5py.File(out, "r") as file:

@@ -2,6 +2,7 @@
 
 import gzip
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from harness.errors import InputError
 
 Chem = pytest.importorskip("rdkit.Chem")
 
+from beyond import molnet  # noqa: E402
 from beyond.molnet import scaffolds, split_scaffolds  # noqa: E402
 
 FREESOLV = """smiles,expt
@@ -318,6 +320,16 @@ def test_files_that_cannot_be(tmp_path, monkeypatch):
 def test_rdkit_is_asked_for(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "rdkit", None)
     assert refused(FREESOLV, EXPT) == ("making conformers needs the package rdkit: pip install rdkit", 1)
+
+
+def test_a_lost_process_is_one_line(refused, monkeypatch):
+    def lost(function, items, chunk=256):
+        if chunk < 256:  # conformers, not scaffolds
+            raise BrokenProcessPool("terminated abruptly")
+        yield from function(list(items))
+
+    monkeypatch.setattr(molnet, "parallel", lost)
+    assert refused(FREESOLV, EXPT) == ("mine.csv: a process was lost over a molecule: terminated abruptly", 1)
 
 
 # --- the whole chain ---
