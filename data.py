@@ -4,6 +4,7 @@
     python data.py info FILE.h5                       what to know of a file before training on it
     python data.py sample FILE.h5 OUT.h5 num=2000 seed=1
     python data.py rotors FILE.h5 [RAW] OUT.h5        the file with its rotatable bonds, for objective=frad
+    python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..."    conformers of its SMILES: beyond/molnet.py
 
     qm9       qm9pack-1.0.3-py3-none-any.whl | dsgdb9nsd.xyz.tar.bz2  [+ uncharacterized.txt]
     pcqm4mv2  pcqm4m-v2-train.sdf.tar.gz | pcqm4m-v2_xyz.zip
@@ -92,8 +93,7 @@ class Molecules:
         z = self._atoms("z", np.uint8, [(0, int(self.ptr[-1]))])
         highest = np.maximum.reduceat(z, self.ptr[:-1])[index].max()
         if max_z <= highest <= 118:  # reading refuses what is no element
-            told = f"{self.path} holds atomic number {highest}, model.max_z = {max_z}"
-            raise InputError(f"{told}: set it above {highest}")
+            raise InputError(f"{self.path} holds atomic number {highest}, model.max_z = {max_z}: set it higher")
 
     def read(self, index, forces=False):
         """Molecules in the order of index (B,) -> dict of z (N,) int64, pos (N, 3) Å, batch (N,), forces (N, 3)."""
@@ -104,8 +104,7 @@ class Molecules:
             raise InputError(f"{self.path}: the file has no forces")
         runs = self._runs(index)
         z = self._atoms("z", np.uint8, runs)
-        names = ("pos", "forces") if forces else ("pos",)
-        vectors = {name: self._atoms(name, np.float32, runs).reshape(-1, 3) for name in names}
+        vectors = {name: self._atoms(name, np.float32, runs).reshape(-1, 3) for name in ("pos", "forces")[: 1 + forces]}
         batch = np.repeat(np.arange(len(index)), self.ptr[index + 1] - self.ptr[index])
         if bad := first_flaw(z, batch=batch, **vectors):
             raise InputError(f"{self.path}: molecule {index[bad[0]]} has {bad[1]}")
@@ -140,8 +139,7 @@ class Molecules:
             self._raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
             if file_state(self._raw.fileno()) != self._state:  # the places noted are those of the old file
                 raise InputError(f"{self.path}: was replaced while in use: start again")
-        raw, offset = self._raw.fileno(), self.places[name]
-        row = np.dtype(dtype).itemsize * (1 if name == "z" else 3)
+        raw, offset, row = self._raw.fileno(), self.places[name], np.dtype(dtype).itemsize * (1 if name == "z" else 3)
         data = bytearray().join([os.pread(raw, (b - a) * row, offset + a * row) for a, b in runs])
         if len(data) != row * sum(b - a for a, b in runs):
             raise InputError(f"{self.path}: dataset {name} ends early: the file was cut off while in use")
@@ -235,12 +233,12 @@ class StepBatches(torch.utils.data.Dataset):
 
 
 def main(argv):
-    from beyond.rotors import add_rotors  # training does not need them
+    from beyond import molnet, rotors  # training does not need them
     from formats.sources import SOURCES
     from formats.write import convert, info, sample
 
     usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...] (SOURCE: {' '.join(SOURCES)}), "
-    usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, or rotors FILE.h5 [RAW] OUT.h5; --help says more"
+    usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, rotors FILE.h5 [RAW] OUT.h5, molnet ...; see --help"
     end = next((k for k, word in enumerate(argv) if word.startswith("labels=")), len(argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped cleans up as Ctrl-C does
     match argv:
@@ -249,7 +247,9 @@ def main(argv):
         case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
             sample(Molecules(path), out, int(m[1]), int(m[2]))
         case ["rotors", path, *raw, out] if len(raw) < 2:
-            add_rotors(path, out, *raw)
+            rotors.add_rotors(path, out, *raw)
+        case ["molnet", path, out, *keys]:
+            molnet.from_csv(path, out, *keys)
         case [source, *_] if source in SOURCES and end > 2:  # labels= may have lost its quotes
             convert(source, argv[1 : end - 1], argv[end - 1], qm9_splits, " ".join(argv[end:]))
         case _:

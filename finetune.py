@@ -75,6 +75,7 @@ class FinetuneConfig:
     reduce: str = setting("sum", choices=("sum", "mean"), probe=False)  # of the per-atom scalars
     references: str = setting("auto", choices=("auto", "none", "fit"))
     loss: str = setting("mse", choices=("mse", "l1"), probe=False)
+    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # of a property: which error chooses best.pt
     energy_weight: float = setting(1.0, low=0)
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
@@ -168,8 +169,9 @@ def split_data(config, molecules):
         if key in parts or not name:
             raise InputError(f"test_split = {config.test_split}: a name is empty, or two become {key}", code=2)
         parts[key] = choose(molecules, name, config.test_size, "test_size", label)
-    together = np.concatenate([train, val, *parts.values()])
-    if len(np.unique(together)) < len(together):
+    molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,), of each row
+    each = [np.unique(molecule[part]) for part in (train, val, *parts.values())]
+    if len(np.unique(np.concatenate(each))) < sum(map(len, each)):
         raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
     return train, val, parts
 
@@ -191,6 +193,7 @@ class Labels:
         self.raw = molecules.label(self.name)  # (M,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
+        self.molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,)
         self.unit = molecules.units[self.name]
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
         self.shown, self.scale = ("meV", 1000.0) if self.unit == "eV" and not self.forces else (self.unit, 1.0)
@@ -362,36 +365,35 @@ def check_best(path, step, state, target):
 def errors(model, molecules, index, labels, config, device, rank=0, world=1):
     """Mean absolute and root mean square errors over the molecules of index, by name, in the unit shown."""
     model.eval()
-    total = torch.zeros(7, dtype=torch.float64)
-    mine = index[rank::world]
-    for chosen in np.array_split(mine, math.ceil(len(mine) / config.inference_batch_size)) if len(mine) else ():
-        part = molecules.read(chosen, labels.forces)
+    y, total = torch.zeros(len(index), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    mine = np.arange(rank, len(index), world)
+    for place in np.array_split(mine, math.ceil(len(mine) / config.inference_batch_size)) if len(mine) else ():
+        part = molecules.read(index[place], labels.forces)
         z, pos, batch = (part[name].to(device) for name in ("z", "pos", "batch"))
         with torch.no_grad(), explain("the radius graph", ValueError):
-            y, f = model(z, pos, batch, len(chosen), labels.forces)
-            y = model.restore(y, z, batch).cpu()
-        error = (y - torch.from_numpy(labels.raw[chosen])) * labels.scale  # (b,)
-        per_atom = error.abs() / torch.bincount(part["batch"])
-        total[:3] += torch.stack([error.abs().sum(), error.square().sum(), per_atom.sum()])
+            predicted, f = model(z, pos, batch, len(place), labels.forces)
+            y[place] = model.restore(predicted, z, batch).cpu()
         if labels.forces:
             error = f.double().cpu() * model.std.cpu() - part["forces"].double()  # (n, 3)
-            total[3:5] += torch.stack([error.abs().sum(), error.square().sum()])
-            total[5] += error.numel()
-        total[6] += len(chosen)
+            total += torch.stack([error.abs().sum(), error.square().sum(), torch.tensor(error.numel())])
     model.train()
-    absolute, square, per_atom, f_absolute, f_square, f_num, num = sum_over_ranks(total.to(device)).tolist()
-    found = {f"{labels.name}_mae": absolute / num, f"{labels.name}_rmse": math.sqrt(square / num)}
-    if not labels.forces:
-        return found
-    found["energy_per_atom_mae"] = per_atom / num
-    return found | {"forces_mae": f_absolute / f_num, "forces_rmse": math.sqrt(f_square / f_num)}
+    y, (f_abs, f_sq, f_num) = sum_over_ranks(y.to(device)).cpu(), sum_over_ranks(total.to(device)).tolist()
+    _, first, same = np.unique(labels.molecule[index], return_index=True, return_inverse=True)
+    error = (y - torch.from_numpy(labels.raw[index])) * labels.scale
+    error = scatter_mean(error, torch.from_numpy(same), len(first))  # that of the mean over a molecule's conformers
+    found = {f"{labels.name}_mae": error.abs().mean().item()}
+    found[f"{labels.name}_rmse"] = error.square().mean().sqrt().item()
+    if labels.forces:
+        per_atom = (error.abs() / torch.from_numpy(np.diff(molecules.ptr)[index[first]])).mean().item()
+        found |= {"energy_per_atom_mae": per_atom, "forces_mae": f_abs / f_num, "forces_rmse": (f_sq / f_num) ** 0.5}
+    return found
 
 
 def score(found, labels, config):
     """best.pt has the lowest score: the errors, weighted like the losses. PAPER-SILENT."""
     if labels.forces:
         return config.energy_weight * found["energy_mae"] + config.force_weight * found["forces_mae"]
-    return found[f"{labels.name}_mae"]
+    return found[f"{labels.name}_{config.metric}"]
 
 
 # ---------------------------------------------------------------- linear probe

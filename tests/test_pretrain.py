@@ -27,7 +27,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 def stage_of(path):
     """The dataclass of a config: shared bases are not runs, all else with a target is of finetune.py."""
-    if path.stem in ("qm9", "md17"):
+    if path.stem in ("qm9", "md17", "molnet"):
         return FinetuneConfig
     return FinetuneConfig if "target" in read_yaml(path) else PretrainConfig
 

@@ -1,0 +1,296 @@
+"""Molecules from SMILES: a csv of MoleculeNet, or of your own, with conformers and a scaffold split.
+
+    python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..." [smiles=smiles] [conformers=1] [seed=0]
+    FILE.csv: a header, a column of SMILES, columns of numbers; also .tsv, with semicolons, .gz
+
+RDKit embeds each molecule (ETKDGv3) and relaxes it (MMFF94; UFF where that lacks parameters). The
+result depends on seed and RDKit's version alone. Conformer k has the seed `seed + k`, so that the
+first of ten is that of a file with one. With conformers=N a molecule is up to N neighbouring rows
+with the same id, and the file has the attribute conformers.
+
+The id is the row of the csv: the first below the header is 0. The splits train, val and test are
+80, 10 and 10 % of the molecules. Molecules with the same scaffold are in the same split.
+"""
+
+import codecs
+import csv
+import io
+import re
+import shlex
+from array import array
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from beyond.rotors import fitting
+from formats.sources import NUMBER, numbers, open_raw, parallel, parse_labels, readable, stem, with_labels
+from formats.write import save
+from harness.errors import InputError, explain, need, one_line
+from harness.files import check_file, check_new, sha256
+
+USAGE = "python data.py molnet FILE.csv OUT.h5 labels=NAME:UNIT,... [smiles=NAME] [conformers=1] [seed=0]"
+KEY = re.compile(r"(?:^|\s)(smiles|labels|conformers|seed|targets|unit)=")
+SPLITS = ("train", "val", "test")
+NO_SPLIT = "none, a part would be empty; give finetune.py train_size, val_size or test_size"
+STEPS = 2000  # of the force field. After RDKit's 200 two of three drug-like molecules still move
+MAX_ATOMS = 400  # Uni-Mol's limit, too. A chain of 300 takes two minutes
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(path):
+    """Rows of a csv as lists of texts, the header first. Blank lines are no rows."""
+    with readable(path):
+        with open_raw(path) as file:
+            head = file.read(1 << 16)
+        wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # Excel's "Unicode text"
+        if b"\0" in head and not wide:
+            raise InputError(f"{path}: not a text file: export the table as csv")
+        encoding = "utf-16" if wide else "utf-8-sig"
+        lines = head.decode(encoding, "replace").splitlines()
+        first = re.sub('"[^"]*"', "", next(filter(str.strip, lines), ""))
+        with io.TextIOWrapper(open_raw(path), encoding, "replace", newline="") as file:
+            for row in csv.reader(file, delimiter=max(",;\t", key=first.count)):
+                if any(map(str.strip, row)):
+                    yield [cell.strip() for cell in row]
+
+
+def find_columns(path, smiles, names):
+    """Places of the column of SMILES and of the columns called names, and which of them stand twice.
+
+    A name that stands twice is the first such column, as pandas reads it. QM8 has its four PBE0 columns
+    twice, with two basis sets; the literature takes the first.
+    """
+    header = next(table(path), [])
+    there = ", ".join(header[:40]) + ", ..." * (len(header) > 40)
+    if not names:
+        raise InputError(f"{path}: which numbers? labels=NAME:UNIT,... of its columns: {there}", code=2)
+    if not smiles:
+        smiles = next((name for name in header if name.lower() == "smiles"), "smiles")
+    for name in (smiles, *names):
+        if name not in header:
+            raise InputError(f"{path}: no column {name!r}; there are: {there or 'none'}", code=2)
+    twice = [f"column {name} stands {n} times: the first was read" for name in names if (n := header.count(name)) > 1]
+    return len(header), header.index(smiles), {name: header.index(name) for name in names}, twice
+
+
+def read_rows(path, width, smiles, places):
+    """(row, SMILES, {name: cell}) of each row; a row with more or fewer cells than the header has None for SMILES."""
+    rows = table(path)
+    next(rows)
+    for key, row in enumerate(rows):
+        whole = len(row) == width
+        yield key, row[smiles] if whole else None, {name: row[k] for name, k in places.items()} if whole else {}
+
+
+# ---------------------------------------------------------------- scaffolds
+
+
+def parse(smiles):
+    """-> mol, "" or None, why it cannot be used."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")
+    if smiles is None:
+        return None, "more or fewer cells than the header"
+    if not smiles:
+        return None, "no SMILES"
+    mol = Chem.MolFromSmiles(smiles)
+    if mol is None:
+        return None, "RDKit cannot read the SMILES"
+    z = elements(mol)
+    if (z == 0).any():
+        return None, "an atom without an element, such as *"
+    # QM7 has four: broken entries, with the energies of other molecules
+    return (mol, "") if (z > 1).any() else (None, "no atom but hydrogen")
+
+
+def scaffolds(items):
+    """[(row, SMILES, cells)] -> [(row, Bemis-Murcko scaffold with its chirality, cells)]; None: of no use."""
+    from rdkit.Chem.Scaffolds import MurckoScaffold
+
+    found = []
+    for key, smiles, cells in items:
+        mol, _ = parse(smiles)
+        try:
+            scaffold = mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True)
+        except (RuntimeError, ValueError):
+            scaffold = smiles  # RDKit finds none: a group of its own
+        found.append((key, scaffold, cells))
+    return found
+
+
+def split_scaffolds(groups):
+    """{scaffold: [row]} -> {row: split}: the largest groups first, each whole where it still fits.
+
+    PAPER-SILENT: the split of GEM, which Uni-Mol's are thought to be: 80, 10 and 10 %, with chirality.
+    """
+    num, split = sum(map(len, groups.values())), {}
+    size = dict.fromkeys(SPLITS, 0)
+    for rows in sorted(groups.values(), key=lambda rows: (len(rows), rows[0]), reverse=True):
+        fits_train = 10 * (size["train"] + len(rows)) <= 8 * num
+        fits_val = 10 * (size["train"] + size["val"] + len(rows)) <= 9 * num
+        name = "train" if fits_train else "val" if fits_val else "test"
+        size[name] += len(rows)
+        split |= dict.fromkeys(rows, name)
+    return split if all(size.values()) else {}
+
+
+def survey(path, columns, asked):
+    """Look through the whole table before hours of work -> {row: split}, or {} if one of the three would be empty."""
+    groups, values = {}, {name: array("d") for name in columns[2]}
+    rows = tqdm(read_rows(path, *columns), unit=" rows", desc="scaffolds", disable=None)
+    for key, scaffold, cells in parallel(scaffolds, rows):
+        if scaffold is not None:
+            groups.setdefault(scaffold, array("q")).append(key)
+        for name, cell in cells.items():
+            if re.fullmatch(r"[-+]?\d[\d.,]*", cell) and not NUMBER.fullmatch(cell):
+                told = f"{path}: row {key}: {name} is {cell!r}"
+                raise InputError(f"{told}: write numbers with a decimal point and no other mark")
+            values[name].extend(numbers({name: cell}).values())
+    for name, unit in asked.values():
+        known = np.array(values[name])
+        known = known[np.isfinite(known)]
+        if len(known) == 0:
+            raise InputError(f"{path}: column {name} has no number", code=2)
+        # DeepChem's freesolv.csv.gz is so: what a model learns of it has no unit that anyone knows
+        if unit != "1" and len(known) > 9 and abs(known.mean()) < 0.02 and abs(known.std() - 1) < 0.02:
+            told = f"{path}: {name} has mean {known.mean():.3f} and standard deviation {known.std():.3f}"
+            raise InputError(f"{told}: standardised, so not in {unit}. Take the raw values, or write {name}:1")
+    return split_scaffolds(groups)
+
+
+# ---------------------------------------------------------------- conformers
+
+
+def elements(mol):
+    return np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.int64)  # (n,)
+
+
+def gather(mol):
+    """Put the parts of a salt or a hydrate in a row, 3 Å apart. RDKit leaves them in one place."""
+    from rdkit import Chem
+
+    pos, place, start = mol.GetConformer().GetPositions(), mol.GetConformer(), 0.0
+    parts = [list(part) for part in Chem.GetMolFrags(mol)]
+    for part in parts:
+        own = pos[part] - pos[part].mean(0)
+        pos[part] = own + [start - own[:, 0].min(), 0, 0]
+        start = pos[part][:, 0].max() + 3
+    if len(parts) > 1:
+        place.SetPositions(pos)
+
+
+def relax(mol):
+    """Relax the one conformer of mol in place -> a note, or ""."""
+    from rdkit.Chem import rdForceFieldHelpers as force_fields
+
+    # the parts of a salt must feel each other
+    keys = {"maxIters": STEPS, "ignoreInterfragInteractions": False}
+    if force_fields.MMFFOptimizeMolecule(mol, **keys) >= 0:
+        return ""
+    if force_fields.UFFOptimizeMolecule(mol, **keys) >= 0:
+        return "MMFF94 lacks parameters: relaxed by UFF"
+    return "no force field has parameters: as embedded, not relaxed"
+
+
+def embed(mol, seed):
+    """A copy of mol, which has its hydrogens, with a conformer -> copy, its note; or None, why there is none.
+
+    DEVIATION: Uni-Mol gives a molecule that does not embed flat coordinates. Here it is left out.
+    """
+    from rdkit.Chem import Mol
+    from rdkit.Chem import rdDistGeom as geometry
+
+    settings, mol = geometry.ETKDGv3(), Mol(mol)
+    settings.randomSeed = seed
+    found = geometry.EmbedMolecule(mol, settings)
+    if found < 0:  # large rings and cages
+        settings.useRandomCoords = True
+        found = geometry.EmbedMolecule(mol, settings)
+    if found < 0:
+        return None, "RDKit finds no conformer"
+    gather(mol)
+    note = relax(mol)
+    sound = fitting(None, elements(mol), mol.GetConformer().GetPositions(), mol)
+    return (mol, note) if sound else (None, "the force field tears a bond apart")
+
+
+def conformers(items, num, seed):
+    """[(row, SMILES, cells)] -> molecules, up to num neighbours of each row; or one that says why there is none."""
+    from rdkit import Chem
+
+    molecules = []
+    for key, smiles, cells in items:
+        mol, why = parse(smiles)
+        try:
+            whole = mol and Chem.AddHs(mol)
+            why = f"more than {MAX_ATOMS} atoms" if mol and whole.GetNumAtoms() > MAX_ATOMS else why
+            tries = [(None, why)] if why else [embed(whole, seed + k) for k in range(num)]
+        except (RuntimeError, ValueError) as error:
+            tries = [(None, f"RDKit fails: {one_line(error)[:80]}")]
+        good = [(mol, note) for mol, note in tries if mol]
+        if not good:
+            name = f"{key} {(smiles or '')[:60]}".strip()
+            molecules.append({"id": name, "skip": tries[0][1], "tags": numbers(cells)})
+        for mol, note in good:
+            notes = {note, "more than one part: a salt or a hydrate" if "." in smiles else ""}
+            notes |= {"fewer conformers than asked for" if len(good) < num else ""}
+            found = {"id": key, "z": elements(mol), "pos": mol.GetConformer().GetPositions()}
+            molecules.append(found | {"tags": numbers(cells), "notes": notes - {""}})
+    return molecules
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_keys(words):
+    """Words after OUT.h5, in any order; those with blanks may have lost their quotes -> {key: text}."""
+    first, *rest = KEY.split(" ".join(words))
+    keys = dict(zip(rest[::2], map(str.strip, rest[1::2])))
+    if {"targets", "unit"} & keys.keys():
+        names, unit = keys.get("targets", "NAME").split(","), keys.get("unit", "UNIT")
+        told = ",".join(f"{name.strip()}:{unit}" for name in names)
+        raise InputError(f"targets and their unit are written labels={told} here", code=2)
+    keys = {"smiles": "", "labels": "", "conformers": "1", "seed": "0"} | keys
+    sound = re.fullmatch(r"[1-9]\d{0,2}", keys["conformers"]) and re.fullmatch(r"\d{1,9}", keys["seed"])
+    if first.strip() or len(rest) // 2 > len({*rest[::2]}) or not sound:
+        raise InputError(f"usage: {USAGE}", code=2)
+    return keys
+
+
+def from_csv(path, out, *words):
+    """python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..." [smiles=smiles] [conformers=1] [seed=0]"""
+    keys, path, out = parse_keys(words), Path(path), Path(out)
+    asked = parse_labels(keys["labels"])
+    check_new(out, kinds=(".h5",))
+    check_file(path, "download it first")
+    rdkit = need("rdkit", "making conformers")
+    *columns, twice = find_columns(path, keys["smiles"], [name for name, _ in asked.values()])
+    split = survey(path, columns, asked)
+    num, seed = int(keys["conformers"]), int(keys["seed"])
+    told = {key: text for key, text in keys.items() if text}
+    command = ["python", "data.py", "molnet", path.name, out.name, *(f"{k}={v}" for k, v in told.items())]
+    attrs = {"name": stem(path), "source": path.name, "source_sha256": sha256(path)}
+    attrs["command"] = f"{shlex.join(command)}  # RDKit {rdkit.__version__}"
+    attrs |= {"conformers": f"up to {num} neighbouring rows with the same id are one molecule"} if num > 1 else {}
+
+    def stream():
+        with explain(f"{path}: a process was lost over a molecule", BrokenProcessPool):
+            for mol in parallel(partial(conformers, num=num, seed=seed), read_rows(path, *columns), chunk=16):
+                place = (split[mol["id"]],) if mol["id"] in split else ()
+                yield mol | {"split": place, "notes": {*mol.get("notes", ()), *twice}}
+
+    save(out, with_labels(stream(), asked), attrs, {dataset: unit for dataset, (_, unit) in asked.items()})
+    with h5py.File(out, "r") as file:
+        ids = file["id"][:]
+        sizes = {name: len(np.unique(ids[file[f"split/{name}"][:]])) for name in SPLITS if f"split/{name}" in file}
+    if num > 1:
+        print(f"  {len(np.unique(ids)):,} rows of the csv, {len(ids) / len(np.unique(ids)):.1f} conformers of each")
+    shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    print(f"  split by scaffold: {shown or NO_SPLIT}")
