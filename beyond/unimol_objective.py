@@ -73,7 +73,7 @@ def corrupt(token, batch, noise):
 class Distances:
     """Mean and standard deviation of the distances between atoms, of up to 1,000 molecules of the file.
 
-    The public code has those of its own conformers, 6.31 and 3.39 angstrom.
+    DEVIATION: the public code has those of its own conformers, 6.31 and 3.39 angstrom.
     """
 
     def __init__(self, molecules):
