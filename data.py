@@ -44,7 +44,7 @@ class Molecules:
         if not path:
             raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
         self.path = str(path)
-        self._raw = self._file = None  # opened on first use, in each process
+        self._raw = self._file = self.inputs = None  # files are opened on first use, in each process
         check_file(path, "convert one with `python data.py SOURCE RAW OUT.h5`")
         self._state = file_state(self.path)
         self.ptr, self.units, self.splits, self.attrs, self.places = read_contents(self.path)

@@ -351,6 +351,7 @@ BACKBONES = {  # those of beyond/ are imported when a config asks for one
     "et": "model:EquivariantTransformer",
     "adaptive": "beyond.scd:AdaptiveTransformer",
     "painn": "beyond.painn:PaiNN",
+    "unimol": "beyond.unimol:UniMol",
 }
 VECTOR_NORMS = {"none": nn.Identity, "rms": RMSVectorNorm, "whiten": WhitenVectorNorm}
 

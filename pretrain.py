@@ -44,7 +44,12 @@ from model import (
 
 # ---------------------------------------------------------------- settings
 
-BEYOND = {"frad": "beyond.frad:Frad", "scd": "beyond.scd:SelfConditioned"}  # imported when a config asks for one
+BEYOND = {  # imported when a config asks for one
+    "frad": "beyond.frad:Frad",
+    "scd": "beyond.scd:SelfConditioned",
+    "unimol": "beyond.unimol_objective:UniMolPretraining",
+    "unimol_rec": "beyond.unimol_objective:UniMolPretraining",
+}
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,8 @@ class GraphReconstructionDecoder(EquivariantLayers):
     """The light decoder: predict the noise of each atom from its own embedding and the molecule's pooled one.
 
     h_i = W [x_i^rec || g_clean], then attention layers on the perturbed graph, then a gated head: -> (N, 3). Sec. 4.2.
-    PAPER-SILENT: the paper says only that the decoder is "lightweight" and concatenates. Ours has one linear layer on
-    the concatenation, then attention layers like the encoder's, then its own head. It starts from the encoder's vec;
-    None starts it from zero.
+    PAPER-SILENT: the paper says only that the decoder is "lightweight" and concatenates. Ours has layers like the
+    encoder's and a head of its own. It starts from the encoder's vec; None starts it from zero.
     """
 
     def __init__(self, config, num_layers):
@@ -170,12 +174,8 @@ class Pretraining(nn.Module):
         # Sec. 4.1: "The injected noise is shared across these variants."
         pos_noised = pos + config.position_noise_scale * noise
         pos_rec = pos + config.alpha * config.position_noise_scale * noise
-        if config.objective == "coord":
-            variants = [pos_noised]
-        elif config.alpha == 1:  # then the rec variant is the noised one: two encodings, not three
-            variants = [pos_noised, pos]
-        else:
-            variants = [pos_noised, pos, pos_rec]
+        number = 1 if config.objective == "coord" else 2 if config.alpha == 1 else 3  # alpha 1: rec is the noised one
+        variants = [pos_noised, pos, pos_rec][:number]
         # one encoder call for all variants: they are further molecules of the batch
         offsets = [batch + k * num_molecules for k in range(len(variants))]
         x, vec = self.encoder(z.repeat(len(variants)), torch.cat(variants), torch.cat(offsets))

@@ -8,7 +8,7 @@ from harness.settings import build_config
 from harness.weights import read_torch
 from model import ModelConfig, new_encoder
 
-EMBEDDING = re.compile(r"(.*(?<!neighbor_embedding)\.)?embedding\.weight")  # every encoder has one
+EMBEDDING = re.compile(r"(.*(?<!neighbor_embedding)\.)?(embedding|embed_tokens)\.weight")  # every encoder has one
 WRAPPERS = re.compile(r"\b(module|_orig_mod)\.")  # of DataParallel and torch.compile
 
 
@@ -18,7 +18,7 @@ def load_representation(encoder, state_dict, init_key=""):
     Takes a bare encoder's state dict, or a whole model's, with the encoder under any prefix; of several
     networks init_key names one. `distance.*` are TorchMD-NET's neighbour list settings.
     """
-    owners = {key.removesuffix("embedding.weight") for key in state_dict if EMBEDDING.fullmatch(key)}
+    owners = {found[1] or "" for key in state_dict if (found := EMBEDDING.fullmatch(key))}
     names = {o: o.removesuffix("representation_model.").rstrip(".") or "." for o in owners}
     asked = WRAPPERS.sub("", f"{init_key}.").rstrip(".") or "."
     chosen = [o for o, name in names.items() if not init_key or asked in (name, o.rstrip("."))]

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from harness.errors import InputError
+from harness.errors import InputError, explain
 
 
 def check_compiler(device):
@@ -40,7 +40,13 @@ def compile_gradient(function, device, one_shape):
         # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth
         return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
     # one kernel for all shapes, so that a resumed run has the bits of an unbroken one
-    return torch.compile(gradient, fullgraph=True, dynamic=True), 1
+    compiled = torch.compile(gradient, fullgraph=True, dynamic=True)
+
+    def run(*arguments):
+        with explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported):
+            return compiled(*arguments)
+
+    return run, 1
 
 
 def fill_up(mask, multiple):
