@@ -174,9 +174,9 @@ class Pretraining(nn.Module):
         # Sec. 4.1: "The injected noise is shared across these variants."
         pos_noised = pos + config.position_noise_scale * noise
         pos_rec = pos + config.alpha * config.position_noise_scale * noise
-        number = 1 if config.objective == "coord" else 2 if config.alpha == 1 else 3  # alpha 1: rec is the noised one
+        # one encoder call for all variants: they are further molecules of the batch. alpha = 1: rec is the noised one
+        number = 1 if config.objective == "coord" else 2 if config.alpha == 1 else 3
         variants = [pos_noised, pos, pos_rec][:number]
-        # one encoder call for all variants: they are further molecules of the batch
         offsets = [batch + k * num_molecules for k in range(len(variants))]
         x, vec = self.encoder(z.repeat(len(variants)), torch.cat(variants), torch.cat(offsets))
 

@@ -40,13 +40,8 @@ def compile_gradient(function, device, one_shape):
         # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth
         return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
     # one kernel for all shapes, so that a resumed run has the bits of an unbroken one
-    compiled = torch.compile(gradient, fullgraph=True, dynamic=True)
-
-    def run(*arguments):
-        with explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported):
-            return compiled(*arguments)
-
-    return run, 1
+    unfit = explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported)
+    return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1
 
 
 def fill_up(mask, multiple):
