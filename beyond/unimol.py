@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from model import Linear, safe_norm, scatter_mean, scatter_sum
+from model import Linear, safe_norm, scatter_mean, scatter_sum, take
 
 # ---------------------------------------------------------------- tokens
 
@@ -70,7 +70,7 @@ def pad(token, pos, batch):
     rows[:, 0] = CLS
     rows[torch.arange(B, device=batch.device), counts + 1] = SEP
     rows.view(-1)[slot] = token
-    centred = pos - scatter_mean(pos, batch, B).index_select(0, batch)  # (N, 3)
+    centred = pos - take(scatter_mean(pos, batch, B), batch)  # (N, 3)
     return rows, scatter_sum(centred, slot, B * n).view(B, n, 3), slot
 
 
@@ -258,8 +258,8 @@ class UniMol(nn.Module):
     def forward(self, z, pos, batch, edge_index=None):
         """edge_index is not looked at: all pairs of a molecule are used."""
         code, slot = self.encode(self.tokens(z), pos, batch)
-        x = self.invariant(code).flatten(0, 1).index_select(0, slot)  # (N, F)
-        vec = code.weigh(self.weights(code)).flatten(0, 1).index_select(0, slot)  # (N, 3, H)
+        x = take(self.invariant(code).flatten(0, 1), slot)  # (N, F)
+        vec = take(code.weigh(self.weights(code)).flatten(0, 1), slot)  # (N, 3, H)
         return x, self.vec_proj(vec)
 
 
