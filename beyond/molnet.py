@@ -246,6 +246,22 @@ def conformers(items, num, seed):
     return molecules
 
 
+def read_smiles(path):
+    """Molecules of a csv's column of SMILES, a conformer each, its other columns beside it, for tools/predict.py."""
+    ase = need("ase", "predicting from SMILES")
+    need("rdkit", "making conformers")
+    header = next(table(path), [])
+    columns = find_columns(path, "", header[:1])[:2]  # any name: numbers are not needed
+    names = {name: k for k, name in enumerate(header)}
+    rows = list(read_rows(path, *columns, names))
+    cells = {key: {name: cell for name, cell in found.items() if cell} for key, _, found in rows}
+    for mol in parallel(partial(conformers, num=1, seed=0), ((key, smiles, {}) for key, smiles, _ in rows), chunk=16):
+        if "skip" in mol:
+            print(f"left out: row {mol['id']}: {mol['skip']}")
+            continue
+        yield mol | {"atoms": ase.Atoms(mol["z"], mol["pos"], info={"row": mol["id"], **cells[mol["id"]]})}
+
+
 # ---------------------------------------------------------------- the command
 
 

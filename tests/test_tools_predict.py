@@ -119,3 +119,52 @@ def test_a_bound_on_neighbours_is_one_line(runs):
     torch.save(content, "bound.pt")
     io.write("in.xyz", ase.Atoms("OHH", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]]))
     fails(["bound.pt", "in.xyz", "new.xyz"], "molecule 0: the radius graph: max_num_neighbors = 2")
+
+
+def of_geometry(best, atoms):
+    """What the model says of these atoms."""
+    model, about = load_property_model(best)
+    z, pos = torch.from_numpy(atoms.numbers).long(), torch.from_numpy(atoms.positions)
+    return predict.predict_molecule(model, about, z, pos)[0]
+
+
+def test_molecules_from_an_sdf(runs):
+    """Its tags stay; one of the name that is predicted is a given one."""
+    chem = pytest.importorskip("rdkit.Chem")
+    geometry = pytest.importorskip("rdkit.Chem.rdDistGeom")
+    best = runs / "gap/best.pt"
+    with chem.SDWriter("in.sdf") as file:
+        for k, smiles in enumerate(("CCO", "c1ccccc1")):
+            mol = chem.AddHs(chem.MolFromSmiles(smiles))
+            assert geometry.EmbedMolecule(mol, randomSeed=1) == 0
+            mol.SetProp("gap", f"{k + 5.5}")
+            mol.SetProp("pKa", f"{k}")
+            file.write(mol)
+    predict.main([str(best), "in.sdf", "out.xyz"])
+    found = io.read("out.xyz", ":")
+    assert [len(atoms) for atoms in found] == [9, 12]
+    for k, atoms in enumerate(found):
+        assert atoms.info["given_gap"] == k + 5.5 and atoms.info["pKa"] == k and atoms.info["unit"] == "eV"
+        assert atoms.info["gap"] == pytest.approx(of_geometry(best, atoms), abs=1e-5)  # of positions in 8 digits
+
+
+def test_molecules_from_smiles(runs, capsys):
+    """A row that makes no molecule is said and left out; the columns stay."""
+    pytest.importorskip("rdkit")
+    best = runs / "gap/best.pt"
+    Path("in.csv").write_text("name,SMILES,gap\nethanol,CCO,5.5\nbroken,C(,1\nbenzene,c1ccccc1,\n")
+    predict.main([str(best), "in.csv", "out.xyz"])
+    assert "left out: row 1 C(: RDKit cannot read the SMILES" in capsys.readouterr().out
+    found = io.read("out.xyz", ":")
+    assert [(atoms.info["row"], atoms.info["name"], len(atoms)) for atoms in found] == [
+        (0, "ethanol", 9),
+        (2, "benzene", 12),
+    ]
+    for atoms in found:
+        assert atoms.info["gap"] == pytest.approx(of_geometry(best, atoms), abs=1e-5)
+    assert float(found[0].info["given_gap"]) == 5.5
+    Path("none.csv").write_text("name,formula\nethanol,C2H6O\n")
+    fails([best, "none.csv", "never.xyz"], "no column 'smiles'; there are: name, formula", 2)
+    Path("short.csv").write_text("SMILES\nC[Pb]\n")
+    fails([best, "short.csv", "never.xyz"], "element")
+    assert not Path("never.xyz").exists()

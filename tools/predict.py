@@ -1,10 +1,12 @@
 """What a fine-tuned model says of your molecules: energies and forces, or a property.
 
     python -m tools.predict out/demo_forces/best.pt IN.xyz OUT.xyz
+    python -m tools.predict best.pt IN.sdf OUT.xyz       also IN.csv with SMILES, in conformers by RDKit
 
 OUT.xyz is extended xyz: energies in eV and forces in eV/angstrom, or the property beside its unit.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 from finetune import load_property_model
 from formats.schema import flaw
-from formats.sources import read_xyz, readable
+from formats.sources import read_sdf, read_xyz, readable
 from harness.errors import InputError, cli, explain, need
 from harness.files import check_file, check_new, write_whole
 from harness.ranks import tune_cpu
@@ -42,15 +44,19 @@ def predict_molecule(model, about, z, pos, edge_index=None):
 def predict(checkpoint, source, out):
     """Read the molecules of source, predict each, write them with what was predicted to out."""
     purpose = "reading and writing xyz"
-    ase_io = need("ase.io", purpose)
+    ase, ase_io = need("ase", purpose), need("ase.io", purpose)
     single_point = need("ase.calculators.singlepoint", purpose)
     model, about = load_property_model(checkpoint)
-    check_file(source, "give an extended xyz")
+    check_file(source, "give an extended xyz, an SDF or a csv")
     check_new(out, kinds=(".xyz", ".extxyz"))
     if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
+    from beyond.molnet import read_smiles  # here, since nothing else of this file needs it
+
+    readers = {".sdf": read_sdf, ".csv": read_smiles}
+    read = readers.get(Path(source).suffix, partial(read_xyz, labelled=False))
     with readable(source):
-        molecules = list(read_xyz(Path(source), labelled=False))
+        molecules = list(read(Path(source)))
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
@@ -61,7 +67,10 @@ def predict(checkpoint, source, out):
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
-        atoms = mol["atoms"]  # with all that it came with
+        # with all that it came with
+        atoms = mol.get("atoms") or ase.Atoms(mol["z"], mol["pos"], info={"id": mol["id"], **mol["tags"]})
+        if about["name"] in atoms.info:
+            atoms.info[f"given_{about['name']}"] = atoms.info.pop(about["name"])
         for name, given in (atoms.calc.results if atoms.calc else {}).items():
             (atoms.arrays if np.ndim(given) == 2 else atoms.info)[f"given_{name}"] = given
         atoms.calc = None
@@ -79,7 +88,7 @@ def predict(checkpoint, source, out):
 
 def main(arguments):
     if len(arguments) != 3:
-        raise InputError("usage: python -m tools.predict best.pt IN.xyz OUT.xyz", code=2)
+        raise InputError("usage: python -m tools.predict best.pt IN.xyz OUT.xyz (or IN.sdf, IN.csv)", code=2)
     tune_cpu()
     predict(*arguments)
 
