@@ -23,7 +23,7 @@ MAY_IMPORT = {  # of ours; model is of torch alone
     **{stage: {"harness", "formats", "model", *STAGES[:place]} for place, stage in enumerate(STAGES)},
     "data": {"harness", "formats", "model", "beyond"},  # a command asks for beyond/rotors.py
     "lipschitz": {"harness", "formats", "model", "data"},
-    "tools": {"harness", "formats", "model", *STAGES, "lipschitz", "tools"},
+    "tools": {"beyond", "harness", "formats", "model", *STAGES, "lipschitz", "tools"},
     "studies": {"harness", "formats", "model", *STAGES, "lipschitz", "studies"},
 }
 
