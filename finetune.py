@@ -75,7 +75,7 @@ class FinetuneConfig:
     reduce: str = setting("sum", choices=("sum", "mean"), probe=False)  # of the per-atom scalars
     references: str = setting("auto", choices=("auto", "none", "fit"))
     loss: str = setting("mse", choices=("mse", "l1"), probe=False)
-    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # of a property: which error chooses best.pt
+    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # which error chooses best.pt
     energy_weight: float = setting(1.0, low=0)
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
@@ -129,7 +129,6 @@ def learning_rate(step, config):
 
 def plateau_rate(lr, plateau, score, config):
     """lr, or lr * lr_factor after more than lr_patience validations without a gain, as torch's ReduceLROnPlateau.
-
     plateau {best, num_bad_epochs} is the state that validations hand on; it is changed in place.
     """
     if score < plateau["best"] * (1 - 1e-4):
@@ -172,7 +171,7 @@ def split_data(config, molecules):
     molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,), of each row
     each = [np.unique(molecule[part]) for part in (train, val, *parts.values())]
     if len(np.unique(np.concatenate(each))) < sum(map(len, each)):
-        raise InputError("the training, validation and test splits share molecules: name disjoint ones", code=2)
+        raise InputError("the training, validation and test parts share molecules: name splits of the file", code=2)
     return train, val, parts
 
 
@@ -193,6 +192,8 @@ class Labels:
         self.raw = molecules.label(self.name)  # (M,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
+        if head_of(config) != "scalar" and (self.raw[train] < 0).any():
+            raise InputError(f"{self.name} is below 0, which head={head_of(config)} cannot be: set head=scalar", code=2)
         self.molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,)
         self.unit = molecules.units[self.name]
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
@@ -213,10 +214,9 @@ class Labels:
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
         elif not has_references and np.var(self.raw[train] - counts @ fit) < 0.01 * np.var(self.raw[train]):
             self.remark += "; it grows with the molecule: try references=fit"
-        held = {name: molecules.composition(index, max_z, self.forces).any(0) for name, index in others.items()}
-        if missing := sorted(name for name, elements in held.items() if (elements & ~counts.any(0)).any()):
-            faulty = f"{molecules.path}: {' and '.join(missing)} hold an element"
-            raise InputError(f"{faulty} that no training molecule does: draw more")
+        new = {n: molecules.composition(i, max_z, self.forces).any(0) & ~counts.any(0) for n, i in others.items()}
+        if missing := " and ".join(f"{n} hold an element ({z.argmax()})" for n, z in new.items() if z.any()):
+            raise InputError(f"{molecules.path}: {missing} that no training molecule has: take smaller parts")
         if not self.std > 1e-12 * max(1.0, abs(self.mean)):
             raise InputError(f"{molecules.path}: {self.name} is the same for all {len(train)} training molecules")
 
@@ -392,7 +392,8 @@ def errors(model, molecules, index, labels, config, device, rank=0, world=1):
 def score(found, labels, config):
     """best.pt has the lowest score: the errors, weighted like the losses. PAPER-SILENT."""
     if labels.forces:
-        return config.energy_weight * found["energy_mae"] + config.force_weight * found["forces_mae"]
+        weights = {"energy": config.energy_weight, "forces": config.force_weight}
+        return sum(weight * found[f"{name}_{config.metric}"] for name, weight in weights.items())
     return found[f"{labels.name}_{config.metric}"]
 
 
@@ -451,8 +452,7 @@ def probe(config, encoder, molecules, parts, labels, device, log):
             order = torch.from_numpy(epoch_order(len(x), config.seed, epoch))
         chosen = order[place * size : (place + 1) * size]
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        loss = mse_loss(layer(x[chosen]).squeeze(1), target[chosen])
-        loss.backward()
+        mse_loss(layer(x[chosen]).squeeze(1), target[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
         log.bar.update()

@@ -44,7 +44,10 @@ MAX_ATOMS = 400  # Uni-Mol's limit, too. A chain of 300 takes two minutes
 
 
 def table(path):
-    """Rows of a csv as lists of texts, the header first. Blank lines are no rows."""
+    """Rows of a csv as lists of texts, the header first. Blank lines are no rows.
+
+    A quote that is not closed would make one cell of all that follows; so a cell of several rows is refused.
+    """
     with readable(path):
         with open_raw(path) as file:
             head = file.read(1 << 16)
@@ -55,8 +58,13 @@ def table(path):
         lines = head.decode(encoding, "replace").splitlines()
         first = re.sub('"[^"]*"', "", next(filter(str.strip, lines), ""))
         with io.TextIOWrapper(open_raw(path), encoding, "replace", newline="") as file:
-            for row in csv.reader(file, delimiter=max(",;\t", key=first.count)):
-                if any(map(str.strip, row)):
+            delimiter = max(",;\t", key=first.count)
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            for row in lines:
+                if any("\n" in cell and delimiter in cell for cell in row):
+                    told = f"{path}: line {lines.line_num}: a cell with a line break and a {delimiter!r} inside"
+                    raise InputError(f"{told}: is a quote open before it? Remove it")
+                if row:
                     yield [cell.strip() for cell in row]
 
 
@@ -149,7 +157,7 @@ def survey(path, columns, asked):
         if scaffold is not None:
             groups.setdefault(scaffold, array("q")).append(key)
         for name, cell in cells.items():
-            if re.fullmatch(r"[-+]?\d[\d.,]*", cell) and not NUMBER.fullmatch(cell):
+            if re.fullmatch(r"[-+−]?[\d.,]*\d[\d.,]*(e[-+−]?\d+)?", cell, re.I) and not NUMBER.fullmatch(cell):
                 told = f"{path}: row {key}: {name} is {cell!r}"
                 raise InputError(f"{told}: write numbers with a decimal point and no other mark")
             values[name].extend(numbers({name: cell}).values())
@@ -247,19 +255,17 @@ def conformers(items, num, seed):
 
 
 def read_smiles(path):
-    """Molecules of a csv's column of SMILES, a conformer each, its other columns beside it, for tools/predict.py."""
-    ase = need("ase", "predicting from SMILES")
+    """Molecules of a csv's column of SMILES, a conformer each, with its numbers as tags, for tools/predict.py."""
     need("rdkit", "making conformers")
     header = next(table(path), [])
-    columns = find_columns(path, "", header[:1])[:2]  # any name: numbers are not needed
-    names = {name: k for k, name in enumerate(header)}
-    rows = list(read_rows(path, *columns, names))
-    cells = {key: {name: cell for name, cell in found.items() if cell} for key, _, found in rows}
-    for mol in parallel(partial(conformers, num=1, seed=0), ((key, smiles, {}) for key, smiles, _ in rows), chunk=16):
+    if not header:
+        raise InputError(f"{path}: no header, a first row of names")
+    columns = find_columns(path, "", header)[:3]
+    for mol in parallel(partial(conformers, num=1, seed=0), read_rows(path, *columns), chunk=16):
         if "skip" in mol:
-            print(f"left out: row {mol['id']}: {mol['skip']}")
-            continue
-        yield mol | {"atoms": ase.Atoms(mol["z"], mol["pos"], info={"row": mol["id"], **cells[mol["id"]]})}
+            print(f"  left out: row {mol['id']}: {mol['skip']}")
+        else:
+            yield mol
 
 
 # ---------------------------------------------------------------- the command

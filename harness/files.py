@@ -61,8 +61,10 @@ def write_whole(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # RuntimeError: what torch.save makes of a full disk
+            raise
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise InputError(f"{path} cannot be written: {reason}; a file of that name is as it was before") from None
 

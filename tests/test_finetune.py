@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -543,8 +544,27 @@ def test_an_element_that_training_did_not_see_is_refused(tiny):
     config = load_config(FinetuneConfig, ["gap.yaml"])
     molecules = Molecules(QM9)
     only_h_c = np.array([m for m in range(200) if set(molecules.read([m])["z"].tolist()) <= {1, 6}])
-    with pytest.raises(InputError, match="val hold an element that no training molecule does"):
+    with pytest.raises(InputError, match=r"val hold an element \(\d+\) that no training molecule has"):
         Labels(config, molecules, only_h_c, {"val": np.arange(200)}, 100)
+
+
+def test_a_head_that_is_never_negative_takes_no_negative_labels(tiny):
+    """A label of your own may be called mu, and be no length."""
+    config = load_config(FinetuneConfig, ["gap.yaml", "target=mu"])
+    molecules, parts = Molecules(QM9), (np.arange(100), {"val": np.arange(100, 200)}, 100)
+    raw = molecules.label("mu").copy()
+    raw[3] = -1
+    molecules.label = lambda name: raw
+    with pytest.raises(InputError, match="mu is below 0, which head=dipole cannot be: set head=scalar"):
+        Labels(config, molecules, *parts)
+    assert Labels(replace(config, head="scalar"), molecules, *parts).mean == 0
+
+
+@pytest.mark.parametrize("metric, best", [("mae", 0.2 * 1 + 0.8 * 3), ("rmse", 0.2 * 2 + 0.8 * 4)])
+def test_best_is_chosen_by_the_metric_for_energies_and_forces_too(metric, best):
+    config = FinetuneConfig(metric=metric, energy_weight=0.2, force_weight=0.8)
+    found = {"energy_mae": 1, "energy_rmse": 2, "forces_mae": 3, "forces_rmse": 4}
+    assert finetune.score(found, SimpleNamespace(forces=True), config) == pytest.approx(best)
 
 
 def test_ridge_is_least_squares_where_that_is_best():

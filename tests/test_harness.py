@@ -68,6 +68,16 @@ def test_numbers_next_to_zero_are_zero_on_every_thread():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "0 0\n"
 
 
+def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
+    def write(path):
+        path.write_text("half")
+        raise AttributeError("of another program")
+
+    with pytest.raises(AttributeError):
+        files.write_whole(tmp_path / "out.txt", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_is_never_overwritten(tiny):
     pretrain.main([str(tiny)])
     before = {path: path.read_bytes() for path in Path("out/tiny").iterdir()}

@@ -1,5 +1,6 @@
 """predict: the numbers of the model, in eV, for molecules of a file; what it cannot do is said."""
 
+import gzip
 import math
 from pathlib import Path
 
@@ -128,43 +129,77 @@ def of_geometry(best, atoms):
     return predict.predict_molecule(model, about, z, pos)[0]
 
 
-def test_molecules_from_an_sdf(runs):
-    """Its tags stay; one of the name that is predicted is a given one."""
+def test_molecules_from_an_sdf(runs, capsys):
+    """One tag of the name that is predicted is a given one; what is odd of a molecule is said."""
     chem = pytest.importorskip("rdkit.Chem")
     geometry = pytest.importorskip("rdkit.Chem.rdDistGeom")
     best = runs / "gap/best.pt"
-    with chem.SDWriter("in.sdf") as file:
-        for k, smiles in enumerate(("CCO", "c1ccccc1")):
+    with chem.SDWriter("in.SDF") as file:
+        for k, smiles in enumerate(("CCO", "c1ccccc1", "CC")):
             mol = chem.AddHs(chem.MolFromSmiles(smiles))
             assert geometry.EmbedMolecule(mol, randomSeed=1) == 0
+            mol = chem.RemoveHs(mol) if k == 2 else mol
             mol.SetProp("gap", f"{k + 5.5}")
-            mol.SetProp("pKa", f"{k}")
+            mol.SetProp("id", f"{k + 77}")
+            mol.SetProp("Lattice", "5 0 0 0 5 0 0 0 5")
             file.write(mol)
-    predict.main([str(best), "in.sdf", "out.xyz"])
+    predict.main([str(best), "in.SDF", "out.xyz"])
+    assert "carbon without any hydrogen: are they left out? (1 molecules)" in capsys.readouterr().out
     found = io.read("out.xyz", ":")
-    assert [len(atoms) for atoms in found] == [9, 12]
+    assert [len(atoms) for atoms in found] == [9, 12, 2]
     for k, atoms in enumerate(found):
-        assert atoms.info["given_gap"] == k + 5.5 and atoms.info["pKa"] == k and atoms.info["unit"] == "eV"
+        assert atoms.info.keys() == {"id", "gap", "given_gap", "unit"} and not atoms.pbc.any()
+        assert atoms.info["id"] == k and atoms.info["given_gap"] == k + 5.5 and atoms.info["unit"] == "eV"
         assert atoms.info["gap"] == pytest.approx(of_geometry(best, atoms), abs=1e-5)  # of positions in 8 digits
 
 
+TABLE = "name,SMILES,gap,stress,gap\nethanol,CCO,5.5,1,99\nbroken,C(,1,,\nsalt,[Na+].CC(=O)[O-],,,\nF,c1ccccc1,,,\n"
+
+
 def test_molecules_from_smiles(runs, capsys):
-    """A row that makes no molecule is said and left out; the columns stay."""
+    """A row that makes no molecule is said and left out; of a column that stands twice the first counts."""
     pytest.importorskip("rdkit")
     best = runs / "gap/best.pt"
-    Path("in.csv").write_text("name,SMILES,gap\nethanol,CCO,5.5\nbroken,C(,1\nbenzene,c1ccccc1,\n")
+    Path("in.csv").write_text(TABLE.replace("salt,[Na+].CC(=O)[O-],,,\n", "water,O.C,,,\n"))
     predict.main([str(best), "in.csv", "out.xyz"])
-    assert "left out: row 1 C(: RDKit cannot read the SMILES" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: row 1 C(: RDKit cannot read the SMILES" in said and "a salt or a hydrate (1 molecules)" in said
     found = io.read("out.xyz", ":")
-    assert [(atoms.info["row"], atoms.info["name"], len(atoms)) for atoms in found] == [
-        (0, "ethanol", 9),
-        (2, "benzene", 12),
-    ]
+    assert [(atoms.info["id"], len(atoms)) for atoms in found] == [(0, 9), (2, 8), (3, 12)]
     for atoms in found:
         assert atoms.info["gap"] == pytest.approx(of_geometry(best, atoms), abs=1e-5)
-    assert float(found[0].info["given_gap"]) == 5.5
-    Path("none.csv").write_text("name,formula\nethanol,C2H6O\n")
-    fails([best, "none.csv", "never.xyz"], "no column 'smiles'; there are: name, formula", 2)
-    Path("short.csv").write_text("SMILES\nC[Pb]\n")
-    fails([best, "short.csv", "never.xyz"], "element")
-    assert not Path("never.xyz").exists()
+    assert [atoms.info.get("given_gap") for atoms in found] == [5.5, None, None]
+    with gzip.open("in.tsv.gz", "wt") as file:
+        file.write("SMILES\tx\nCCO\t1\n")
+    predict.main([str(best), "in.tsv.gz", "zipped.xyz"])
+    assert io.read("zipped.xyz").info["gap"] == pytest.approx(found[0].info["gap"], abs=1e-5)
+
+
+def test_tables_that_cannot_be_predicted_are_one_line(runs):
+    pytest.importorskip("rdkit")
+    best = runs / "gap/best.pt"
+    for text, said, code in (
+        ("name,formula\nethanol,C2H6O\n", "no column 'smiles'; there are: name, formula", 2),
+        ("", "no header", None),
+        ("SMILES\n[Pb]C\n", "element 82", None),
+        (TABLE, "element 11", None),
+        ('SMILES,note\nCCO,"6 inch\nC,1\nCC,2\n', "in.csv", None),
+        ('SMILES,note\nCCO,"6 inch\nC,1\nCC,"a"\n', "in.csv", None),
+    ):
+        Path("in.csv").write_text(text)
+        fails([best, "in.csv", "never.xyz"], said, code)
+        assert not list(Path().glob("*never*"))
+
+
+@pytest.mark.parametrize("name", ["unit", "pbc", "stress", "Lattice", "a=b", 'a"b'])
+def test_a_name_that_extended_xyz_has_for_itself(runs, name):
+    """Then the number is called predicted."""
+    content = torch.load(runs / "gap/best.pt", weights_only=True)
+    content["property"]["name"] = name
+    torch.save(content, "named.pt")
+    water = ase.Atoms("OHH", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]])
+    io.write("in.xyz", water, format="extxyz")
+    predict.main(["named.pt", "in.xyz", "out.xyz"])
+    found = io.read("out.xyz")
+    assert found.info["predicted"] == pytest.approx(of_geometry(runs / "gap/best.pt", found), abs=1e-5)
+    assert found.info["unit"] == "eV"

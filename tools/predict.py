@@ -4,8 +4,11 @@
     python -m tools.predict best.pt IN.sdf OUT.xyz       also IN.csv with SMILES, in conformers by RDKit
 
 OUT.xyz is extended xyz: energies in eV and forces in eV/angstrom, or the property beside its unit.
+From an SDF or a csv a molecule keeps its id, the row or the place, and `given_<property>`.
 """
 
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from harness.files import check_file, check_new, write_whole
 from harness.ranks import tune_cpu
 
 IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
+TAKEN = {"id", "unit", "pbc", "Lattice", "Properties", "stress", "virial"}  # by extended xyz
 
 
 def predict_molecule(model, about, z, pos, edge_index=None):
@@ -53,10 +57,14 @@ def predict(checkpoint, source, out):
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     from beyond.molnet import read_smiles  # here, since nothing else of this file needs it
 
-    readers = {".sdf": read_sdf, ".csv": read_smiles}
-    read = readers.get(Path(source).suffix, partial(read_xyz, labelled=False))
+    readers = {".sdf": read_sdf, ".csv": read_smiles, ".tsv": read_smiles}
+    read = readers.get(Path(source.lower().removesuffix(".gz")).suffix, partial(read_xyz, labelled=False))
     with readable(source):
         molecules = list(read(Path(source)))
+    notes = Counter(note for mol in molecules for note in mol.get("notes", ()) if "not read" not in note)
+    for note, number in notes.items():
+        print(f"  {note} ({number} molecules)")
+    key = "predicted" if about["name"] in TAKEN or re.search(r"[^\w .()/-]", about["name"]) else about["name"]
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
@@ -67,15 +75,15 @@ def predict(checkpoint, source, out):
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
-        # with all that it came with
-        atoms = mol.get("atoms") or ase.Atoms(mol["z"], mol["pos"], info={"id": mol["id"], **mol["tags"]})
+        known = {name: tag for name, tag in mol.get("tags", {}).items() if name == about["name"]}
+        atoms = mol.get("atoms") or ase.Atoms(mol["z"], mol["pos"], info={"id": mol["id"]} | known)
         if about["name"] in atoms.info:
-            atoms.info[f"given_{about['name']}"] = atoms.info.pop(about["name"])
+            atoms.info[f"given_{key}"] = atoms.info.pop(about["name"])
         for name, given in (atoms.calc.results if atoms.calc else {}).items():
             (atoms.arrays if np.ndim(given) == 2 else atoms.info)[f"given_{name}"] = given
         atoms.calc = None
         if forces is None:
-            atoms.info |= {about["name"]: value, "unit": about["unit"]}
+            atoms.info |= {key: value, "unit": about["unit"]}
         else:
             atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
