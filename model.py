@@ -33,14 +33,17 @@ from torch.nn.functional import silu
 
 
 def take(x, index):
-    """The rows of x (N, ...) at index (E,) -> (E, ...). gather, since index_select's derivative compiles to atomics."""
-    return x.gather(0, index.view(-1, *[1] * (x.ndim - 1)).expand(-1, *x.shape[1:]))
+    """The rows of x (N, ...) at index (E,) -> (E, ...). On a CPU index_select's derivative compiles to slow atomics."""
+    wide = index.view(-1, *[1] * (x.ndim - 1)).expand(-1, *x.shape[1:])  # (E, ...)
+    return x.index_select(0, index) if x.is_cuda else x.gather(0, wide)
 
 
 def scatter_sum(src, index, size):
     """Sum the rows of src (E, ...) that share an index (E,) -> (size, ...)."""
-    index = index.view(-1, *[1] * (src.ndim - 1)).expand_as(src)
-    return src.new_zeros(size, *src.shape[1:]).scatter_add_(0, index, src)
+    total = src.new_zeros(size, *src.shape[1:])
+    if src.is_cuda:
+        return total.index_add_(0, index, src)
+    return total.scatter_add_(0, index.view(-1, *[1] * (src.ndim - 1)).expand_as(src), src)
 
 
 def scatter_mean(src, index, size):
@@ -65,15 +68,13 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
     atom = torch.arange(len(pos), device=pos.device)
     num_later = torch.searchsorted(batch, batch, right=True) - 1 - atom  # (N,) atoms after i in its molecule
     i = atom.repeat_interleave(num_later)  # (C,) candidates: all pairs i < j of a molecule
-    start = num_later.cumsum(0) - num_later
-    j = torch.arange(len(i), device=pos.device) - start[i] + i + 1
+    j = torch.arange(len(i), device=pos.device) - (num_later.cumsum(0) - num_later)[i] + i + 1
     # ~(>=), not (<): an atom with a NaN position keeps its pairs, so the NaN reaches the loss
     near = ~((pos[i] - pos[j]).square().sum(-1) >= cutoff**2)
     if max_num_neighbors:
         degree = 1 + torch.bincount(torch.cat([i[near], j[near]]), minlength=len(pos))
         if (most := degree.max().item()) > max_num_neighbors:
-            told = f"an atom has {most} neighbours (itself included): raise it, or set 0 for no bound"
-            raise ValueError(f"max_num_neighbors = {max_num_neighbors}, but {told}")
+            raise ValueError(f"max_num_neighbors = {max_num_neighbors}, but an atom has {most}: raise it, or set 0")
     return torch.stack([j[near], i[near]])  # (2, P)
 
 
@@ -176,8 +177,7 @@ class EquivariantMultiHeadAttention(nn.Module):
 
     def __init__(self, channels, num_heads, num_rbf, vector_cutoff):
         super().__init__()
-        self.num_heads = num_heads
-        self.vector_cutoff = vector_cutoff
+        self.num_heads, self.vector_cutoff = num_heads, vector_cutoff
         self.layernorm = nn.LayerNorm(channels)
         self.q_proj = Linear(channels, channels)
         self.k_proj = Linear(channels, channels)
