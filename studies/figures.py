@@ -3,6 +3,8 @@
 import math
 import statistics
 
+import numpy as np
+
 from harness.errors import need
 from harness.files import write_whole
 from studies import runs
@@ -13,15 +15,14 @@ def kind_of(study):
     run, (program, *_) = next(iter(runs.STUDIES[study].items()))
     if study in runs.SMOOTHNESS:
         return "arms" if study in runs.BESIDE else "smoothness"
-    if kind := {"output_norm": "readings", "family": "family", "family_finetune": "family"}.get(study):
-        return kind
-    return "errors" if program == "finetune.py" else "losses"
+    kinds = {"output_norm": "readings", "family": "family", "family_finetune": "family"}
+    return kinds.get(study, "errors" if program == "finetune.py" else "losses")
 
 
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
     kinds = {"losses": losses_rows, "errors": errors_rows, "readings": readings_rows, "family": family_rows}
-    return kinds.get(kind_of(study), smoothness_rows)(results)
+    return kinds[kind](results) if (kind := kind_of(study)) in kinds else rows_of(results, SMOOTHNESS)
 
 
 def rows_of(results, columns):
@@ -58,14 +59,18 @@ def table(study, results):
 
 
 def least_difference(samples):
-    """The smallest difference of two arms that a test at 5 % sees: Student's t, variance of all arms."""
-    samples = [values for values in samples if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in samples)
-    if not freedom:
+    """The smallest difference of two arms that Student's t sees at 5 %, from the arms that have all seeds.
+
+    A seed is a block: first weights, order and noise are the same in each arm. What it adds to all arms is no spread.
+    """
+    num = max(map(len, samples))
+    values = np.array([row for row in samples if len(row) == num])  # (arms, seeds)
+    if len(values) < 2 or num < 2:
         return math.nan
-    variance = sum(statistics.variance(values) * (len(values) - 1) for values in samples) / freedom
-    t = 1.96 + 2.37 / freedom + 2.82 / freedom**2  # the 97.5 % point, Abramowitz and Stegun 26.7.5
-    return t * math.sqrt(2 * variance / max(map(len, samples)))
+    rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    df = (len(values) - 1) * (num - 1)
+    t = 1.96 + 2.37 / df + 2.82 / df**2 + 2.56 / df**3  # the 97.5 % point, Abramowitz and Stegun 26.7.5
+    return t * math.sqrt(2 * np.square(rest).sum() / df / num)
 
 
 def draw(study, results):
@@ -183,10 +188,6 @@ SMOOTHNESS = {
     "identity": lambda result: at_end(result, "graph_embedding")["identified"],
     "H, ridge, meV": lambda result: result.get("probe_H", {"test": {}})["test"].get("H_mae_ridge"),
 }
-
-
-def smoothness_rows(results):
-    return rows_of(results, SMOOTHNESS)
 
 
 def by_arm(results):

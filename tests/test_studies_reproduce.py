@@ -6,6 +6,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness.errors import InputError
@@ -49,12 +50,16 @@ def test_published_tables_are_those_of_the_results(page, study):
 
 
 def test_what_a_design_can_see():
-    """Two arms of three seeds: t(4) = 2.776; a difference of two means has the variance 2 s^2 / 3."""
-    samples = [[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]]
-    assert figures.least_difference(samples) == pytest.approx(2.776 * math.sqrt(2 / 3), rel=0.02)
-    many = [[float(seed + arm) for seed in range(3)] for arm in range(12)]  # t(24) = 2.064
-    assert figures.least_difference(many) == pytest.approx(2.064 * math.sqrt(2 / 3), rel=0.002)
-    assert math.isnan(figures.least_difference([[1.0], [2.0]]))
+    """Of two arms it is a paired test: t(2) = 4.303 times the standard error of the mean difference."""
+    first, second = [1.0, 2.0, 3.0], [11.0, 13.0, 12.0]  # differences 10, 11, 9: standard deviation 1
+    assert figures.least_difference([first, second]) == pytest.approx(4.303 / math.sqrt(3), rel=0.04)
+    assert figures.least_difference([first, second, [5.0]]) == figures.least_difference([first, second])
+    assert figures.least_difference([first, [x + 7 for x in first]]) == pytest.approx(0, abs=1e-12)
+    # 12 arms: t(22) = 2.074; a standard deviation of 1 in normal numbers, and seeds that differ by far more
+    rng = np.random.default_rng(0)
+    many = [(rng.standard_normal(3) + 100 * np.arange(3)).tolist() for _ in range(12)]
+    assert figures.least_difference(many) == pytest.approx(2.074 * math.sqrt(2 / 3), rel=0.3)
+    assert math.isnan(figures.least_difference([[1.0], [2.0]])) and math.isnan(figures.least_difference([first]))
 
 
 def test_drawing_makes_the_figure_and_leaves_the_results(place, capsys):
