@@ -9,6 +9,7 @@ import pytest
 import torch
 from make_parity import MOLECULES, collate
 from make_parity_painn import FULL, PATH, SETTINGS
+from symmetries import check_order, check_turned, slope, total
 from test_model import (
     DTYPES,
     SYMMETRIC,
@@ -16,7 +17,6 @@ from test_model import (
     assert_one_jacobian,
     difference,
     fill,
-    random_orthogonal,
     single,
 )
 from tiny_run import same_bits
@@ -32,18 +32,6 @@ def build(device, dtype=torch.float64, **changes):
     """A small PaiNN with random weights and biases."""
     config = ModelConfig(**dict(embedding_dimension=16, num_layers=3, num_rbf=8, num_heads=4) | changes)
     return fill(PaiNN(config)).to(device, dtype)
-
-
-def total(x, vec):
-    """A scalar that depends on all of x and vec."""
-    return x.square().sum() + vec.square().sum()
-
-
-def slope(encoder, z, pos, batch, edge_index=None):
-    """-> x, vec, d total / d pos."""
-    pos = pos.detach().requires_grad_()
-    x, vec = encoder(z, pos, batch, edge_index)
-    return x.detach(), vec.detach(), torch.autograd.grad(total(x, vec), pos)[0]
 
 
 # ---------------------------------------------------------------- parity with schnetpack
@@ -172,18 +160,7 @@ def test_gaussians_are_one_at_their_centres_a_width_apart(device):
 @pytest.mark.parametrize("determinant", [1, -1], ids=["rotation", "reflection"])
 def test_equivariance(determinant, device):
     """Generic and exactly symmetric molecules, each on the scale of its own numbers; a shift changes nothing."""
-    encoder = build(device)
-    z, pos, batch = all_molecules(device)
-    turn = random_orthogonal(0, determinant).to(device)
-    x, vec, gradient = slope(encoder, z, pos, batch)
-    x_turned, vec_turned, gradient_turned = slope(encoder, z, pos @ turn.T + 1.5, batch)
-    for k in range(int(batch[-1]) + 1):
-        mine = batch == k
-        assert difference(x_turned[mine], x[mine]) < 1e-9, k
-        for found, reference in ((vec_turned, turn @ vec), (gradient_turned, gradient @ turn.T)):
-            assert (found[mine] - reference[mine]).abs().max() < 1e-9 * reference[mine].abs().max().clamp(min=1), k
-    assert vec.abs().max() > 0.1 and gradient.abs().max() > 0.1
-    assert difference(x.flip(0), x) > 0.1  # so that the comparison means something
+    check_turned(build(device), *all_molecules(device), determinant)
 
 
 def test_symmetry_forces_the_vectors_of_some_atoms_to_zero(device):
@@ -195,13 +172,7 @@ def test_symmetry_forces_the_vectors_of_some_atoms_to_zero(device):
 
 
 def test_the_order_of_the_atoms_does_not_matter(device):
-    encoder = build(device)
-    z, pos, batch = all_molecules(device)
-    key = torch.rand(len(z), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    order = torch.argsort(batch + key)  # stays inside the molecules
-    assert not torch.equal(order, torch.arange(len(z), device=device))
-    for ours, reference in zip(slope(encoder, z[order], pos[order], batch), slope(encoder, z, pos, batch)):
-        assert difference(ours, reference[order]) < 1e-9
+    check_order(build(device), *all_molecules(device))
 
 
 def test_a_molecule_in_a_batch_equals_itself_alone(device):

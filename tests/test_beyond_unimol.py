@@ -10,6 +10,7 @@ import pytest
 import torch
 from make_parity import MOLECULES, collate
 from make_parity_unimol import PATH, SETTING, STATISTICS, corrupted, weights
+from symmetries import check_order, check_turned, slope, total
 from test_model import (
     DTYPES,
     SYMMETRIC,
@@ -55,17 +56,6 @@ def objective(device, name="unimol", shape=SMALL, dtype=torch.float64, **changes
     model = ModelConfig(backbone="unimol", **shape)
     config = replace(pretrain.PretrainConfig(), objective=name, position_noise_scale=1.0, model=model, **changes)
     return fill(UniMolPretraining(UniMol(model), config)).to(device, dtype)
-
-
-def total(x, vec):
-    return x.square().sum() + vec.square().sum()
-
-
-def slope(encoder, z, pos, batch, edge_index=None):
-    """-> x, vec, d total / d pos."""
-    pos = pos.detach().requires_grad_()
-    x, vec = encoder(z, pos, batch, edge_index)
-    return x.detach(), vec.detach(), torch.autograd.grad(total(x, vec), pos)[0]
 
 
 def demo(device, num=6, columns=7):
@@ -209,18 +199,7 @@ def test_rows_of_tokens(device):
 @pytest.mark.parametrize("molecules", [all_molecules, lambda device: demo(device)[:3]], ids=["symmetric", "QM9"])
 def test_equivariance(molecules, determinant, device):
     """Each molecule on the scale of its own numbers; a shift changes nothing."""
-    encoder = build(device)
-    z, pos, batch = molecules(device)
-    turn = random_orthogonal(0, determinant).to(device)
-    x, vec, gradient = slope(encoder, z, pos, batch)
-    x_turned, vec_turned, gradient_turned = slope(encoder, z, pos @ turn.T + 1.5, batch)
-    for k in range(int(batch[-1]) + 1):
-        mine = batch == k
-        assert difference(x_turned[mine], x[mine]) < 1e-9, k
-        for found, reference in ((vec_turned, turn @ vec), (gradient_turned, gradient @ turn.T)):
-            assert (found[mine] - reference[mine]).abs().max() < 1e-9 * reference[mine].abs().max().clamp(min=1), k
-    assert vec.abs().max() > 0.1 and gradient.abs().max() > 0.1
-    assert difference(x.flip(0), x) > 0.1  # so that the comparison means something
+    check_turned(build(device), *molecules(device), determinant)
 
 
 def test_symmetry_forces_the_vectors_of_some_atoms_to_zero(device):
@@ -232,12 +211,7 @@ def test_symmetry_forces_the_vectors_of_some_atoms_to_zero(device):
 
 
 def test_the_order_of_the_atoms_does_not_matter(device):
-    encoder = build(device)
-    z, pos, batch = all_molecules(device)
-    key = torch.rand(len(z), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
-    order = torch.argsort(batch + key)  # stays inside the molecules
-    for ours, reference in zip(slope(encoder, z[order], pos[order], batch), slope(encoder, z, pos, batch)):
-        assert difference(ours, reference[order]) < 1e-9
+    check_order(build(device), *all_molecules(device))
 
 
 def test_a_molecule_in_a_batch_equals_itself_alone(device):
