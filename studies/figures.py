@@ -74,28 +74,25 @@ def least_difference(samples):
 
 
 def draw(study, results):
-    """results/STUDY/<kind>.png."""
+    """results/STUDY/<kind>.png: a row an arm, a panel a column, a point a seed."""
     plt = need("matplotlib.pyplot", "drawing")
-    drawn = {"losses": draw_losses, "smoothness": draw_smoothness}.get(kind_of(study), draw_rows)
-    drawn(plt, study, results, runs.ROOT / "results" / study)
-
-
-def draw_rows(plt, study, results, folder):
-    """A row an arm, a panel a column, a point a seed."""
     rows, kind = rows_for(study, results), kind_of(study)
     if kind == "errors":  # a panel a task: its error of forces, or its first
         tasks = {error.partition(":")[0]: error for error in sorted(rows, key=lambda error: "forces" in error)}
         starts = dict.fromkeys(start for row in rows.values() for start in row)
         rows = {start: {error: rows[error].get(start, []) for error in tasks.values()} for start in starts}
+    elif kind == "smoothness":
+        rows = rows_of(results, over_steps(results[0]))
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
     columns = shown or list(dict.fromkeys(column for row in rows.values() for column in row))
-    size = {"figsize": (1.6 + 1.5 * len(columns), 1.2 + 0.28 * len(rows)), "layout": "constrained"}
+    size = {"figsize": (1.6 + 1.5 * len(columns), 1.1 + 0.28 * len(rows)), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, **size)
     for axis, column in zip(axes[0], columns, strict=True):
         points = [(value, place) for place, row in enumerate(rows.values()) for value in row.get(column, [])]
         axis.set_title(column.replace("&#8491;", "Å").replace(": ", "\n"), fontsize=7)
         axis.tick_params(labelsize=7)
         axis.grid(axis="y", color="0.9")
+        axis.locator_params(axis="x", nbins=4)
         if points:
             x, y = zip(*points, strict=True)
             axis.plot(x, y, "o", color="black", ms=4, fillstyle="none")
@@ -105,17 +102,14 @@ def draw_rows(plt, study, results, folder):
                 axis.xaxis.set_minor_formatter(plt.NullFormatter())
     axes[0, 0].set_yticks(range(len(rows)), list(rows))
     axes[0, 0].invert_yaxis()
-    save(figure, folder / f"{kind}.png", results)
-
-
-def save(figure, path, results, dpi=110):
-    """Write a figure; below it stand the seeds, steps and commits that it is of."""
-    rows = [(f"{r['seed']}", f"{r['steps']:,}", f"{r['commit']}") for r in results]
-    seeds, steps, commits = (list(dict.fromkeys(column)) for column in zip(*rows, strict=True))
+    # below it stand the seeds, steps and commits that it is of
+    made = [(f"{r['seed']}", f"{r['steps']:,}", f"{r['commit']}") for r in results]
+    seeds, steps, commits = (list(dict.fromkeys(column)) for column in zip(*made, strict=True))
     commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
     made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
     figure.supxlabel(made_by, fontsize=7, color="0.4")
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
+    path = runs.ROOT / "results" / study / f"{kind}.png"
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def use_of_g(val):
@@ -131,27 +125,6 @@ LOSSES["use of g, %"] = use_of_g
 
 def losses_rows(results):
     return rows_of(results, {name: lambda run, of=figure: of(run["val"]) for name, figure in LOSSES.items()})
-
-
-# objective: color, line
-STYLES = {"coord": ("tab:orange", "--"), "georecon": ("black", "-"), "rec_only": ("tab:blue", "--")}
-
-
-def draw_losses(plt, study, results, folder):
-    """Validation losses over the steps, a panel each, and whether the decoder uses the graph embedding."""
-    figure, axes = plt.subplots(1, len(LOSSES), figsize=(13, 3.4), layout="constrained")
-    for axis, (name, figure_of) in zip(axes, LOSSES.items(), strict=True):
-        for result in results:
-            color, line = STYLES[result["objective"]]
-            rounded, first = "precision=bf16" in result["command"], result["seed"] == results[0]["seed"]
-            label = result["objective"] + ", bfloat16" * rounded if first else None
-            points = [(record["step"], figure_of(record)) for record in result["curve_val"]]
-            if points[-1][1] is not None:
-                axis.plot(*zip(*points, strict=True), color=color, ls=":" if rounded else line, lw=1.2, label=label)
-        axis.set(xlabel="step", yscale="linear" if figure_of is use_of_g else "log", title=name)
-    axes[-1].set(ylim=(-0.1, 2))
-    axes[0].legend(frameon=False)
-    save(figure, folder / "loss.png", results, dpi=120)
 
 
 def errors_rows(results):
@@ -173,6 +146,11 @@ def at_end(result, kind):
     return list(result[kind].values())[-1]
 
 
+def use_at_end(result):
+    """What a wrong g costs, in percent; nothing of a run whose decoder is not given g."""
+    return at_end(result, "graph_embedding") if "graph_embedding" in result else {}
+
+
 SMOOTHNESS = {
     "loss_noise": lambda result: result["val"]["loss_noise"],
     "loss_rec": lambda result: result["val"].get("loss_rec"),
@@ -182,56 +160,17 @@ SMOOTHNESS = {
     "at 0.04 &#8491;": lambda result: at_end(result, "noised_0.04")["llc"]["median"],
     "LLC/&#124;h&#124;": lambda result: at_end(result, "smoothness")["llc_by_norm"]["median"],
     "standardised": lambda result: at_end(result, "smoothness")["llc_standardised"]["median"],
-    "isomer's g, %": lambda result: at_end(result, "graph_embedding").get("rise_isomer"),
-    "mean g, %": lambda result: at_end(result, "graph_embedding").get("rise_mean"),
-    "R2 torsion": lambda result: at_end(result, "graph_embedding")["r2_torsion"],
-    "identity": lambda result: at_end(result, "graph_embedding")["identified"],
+    "isomer's g, %": lambda result: use_at_end(result).get("rise_isomer"),
+    "mean g, %": lambda result: use_at_end(result).get("rise_mean"),
     "H, ridge, meV": lambda result: result.get("probe_H", {"test": {}})["test"].get("H_mae_ridge"),
 }
 
 
-def by_arm(results):
-    """{arm: [result of each seed]}."""
-    arms = {}
-    for result in results:
-        arms.setdefault(result["run"].rpartition("_s")[0], []).append(result)
-    return arms
-
-
-def draw_smoothness(plt, study, results, folder):
-    """Median LLC over the steps, and at the last step over noise; a column for each norms."""
-    columns = {}
-    for arm, repeats in by_arm(results).items():
-        objective, _, norms = arm.rpartition("_")
-        column, label = (norms, objective) if norms in runs.NORMS else ("", arm)
-        columns.setdefault(column, {})[label] = repeats
-    size = {"figsize": (1.2 + 3.2 * len(columns), 6.2), "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(columns), sharey=True, squeeze=False, **size)
-    colors = ("tab:orange", "black", "tab:blue", "0.6", "tab:green", "tab:red")
-    labels = list(dict.fromkeys(label for arms in columns.values() for label in arms))
-    kinds = ("smoothness", *(f"noised_{noise}" for noise in runs.NOISES))
-    for (norms, arms), (over_steps, over_noise) in zip(columns.items(), axes.T, strict=True):
-        for label, repeats in arms.items():
-            k = labels.index(label)
-            style = {"marker": "osv^D<>ph"[k % 9], "color": colors[k % 6], "lw": 1.2, "ms": 4}
-            for run in repeats:
-                style["label"] = label if run is repeats[0] else None
-                style["fillstyle"] = ("full", "none")[run["seed"] > 1]
-                found = [step["llc"] for step in run["smoothness"].values()]
-                over_steps.plot([one["median"] for one in found], **style)
-                over_noise.plot([at_end(run, kind)["llc"]["median"] for kind in kinds], **style)
-                thin = style | {"ls": ":", "lw": 0.8, "ms": 2.5, "label": None}
-                over_steps.plot([one["p95"] for one in found], **thin)
-        steps = [name.rpartition("_")[2] for name in run["smoothness"]]
-        over_steps.set_xticks(range(len(steps)), steps)
-        over_noise.set_xticks(range(len(kinds)), ["0", *map(str, runs.NOISES)])
-        over_steps.set(yscale="log", xlabel="step", title=f"{norms} (dotted: p95)".strip())
-        over_noise.set(yscale="log", xlabel="noise on the geometry, Å (last step)")
-    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "title": "filled: seed 1"}
-    axes[0, -1].legend(frameon=False, fontsize=8, **beside)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("median LLC, 1/angstrom")
-    save(figure, folder / "smoothness.png", results)
+def over_steps(result):
+    """Columns of the median LLC at each step that was kept, and at the last one with noise on the geometry."""
+    at = {name: lambda run, name=name: run["smoothness"][name]["llc"]["median"] for name in result["smoothness"]}
+    columns = {f"LLC, step {name.rpartition('_')[2]}": figure for name, figure in at.items()}
+    return columns | {name: figure for name, figure in SMOOTHNESS.items() if name.startswith("at ")}
 
 
 def medians(result, reading, noise=0):

@@ -77,7 +77,7 @@ NUMBER = (float, type(None))  # null: not finite
 MEDIAN = {"median": NUMBER}
 TAKEN = {  # by tables and figures, of each checkpoint, by the key in the file of an analysis
     "summary": {"llc": MEDIAN | {"p95": NUMBER}, "llc_by_norm": MEDIAN, "llc_standardised": MEDIAN},
-    "checkpoints": {"r2_torsion": NUMBER, "identified": float},
+    "checkpoints": {"rise_mean": NUMBER},
     "test": {"H_mae_ridge": float},
 }
 

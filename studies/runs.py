@@ -164,7 +164,8 @@ def analyses(study, run):
         where = [f"position_noise_scale={noise}", f"out_dir={out}/{name}"]
         noised = ["lipschitz.py", f"{out}/last.pt", *few, *where]
         found[name] = noised, f"{out}/{name}/lipschitz.json", "summary"
-    use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
-    found["graph_embedding"] = use, f"{out}/use/graph_embedding.json", "checkpoints"
+    if given.get("objective") != "coord" and given.get("decoder_graph_emb") != "false":
+        use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
+        found["graph_embedding"] = use, f"{out}/use/graph_embedding.json", "checkpoints"
     readout = [*probe("H", f"init_from={out}/encoder.pt"), f"out_dir={out}/probe"]
     return found | ({"probe_H": (readout, f"{out}/probe/metrics.json", "test")} if on_qm9 else {})

@@ -1,4 +1,4 @@
-"""Whether g is used and what it holds, against decoders and features of which that is known."""
+"""Whether g is used, against decoders of which that is known."""
 
 import json
 
@@ -21,33 +21,6 @@ def test_others_share_the_key_and_are_never_oneself():
     assert sorted(other[[0, 1, 3]]) == [0, 1, 3]
 
 
-def test_torsion_angles_of_gauche_and_trans_butane():
-    def butane(angle):  # four carbons, the last turned by the angle about the middle bond
-        a = np.radians(angle)
-        last = [1.4 * np.cos(a), 1.4 * np.sin(a), 2.03]
-        return np.array([[1.4, 0, -0.5], [0, 0, 0], [0, 0, 1.53], last])
-
-    for angle in (180, 60, 0):
-        found = graph_embedding.mean_cosine_of_torsions(np.array([6, 6, 6, 6]), butane(angle))
-        assert found == pytest.approx(np.cos(np.radians(angle)), abs=1e-6)
-    assert np.isnan(graph_embedding.mean_cosine_of_torsions(np.array([6, 6, 1]), butane(60)[:3]))
-
-
-def test_readout_finds_what_is_there_and_nothing_else():
-    rng = np.random.default_rng(0)
-    features = torch.from_numpy(rng.standard_normal((400, 8)))
-    there = (features[:, 0] - 2 * features[:, 3]).numpy()
-    assert graph_embedding.r_squared(features, there) > 0.999
-    assert graph_embedding.r_squared(features, rng.standard_normal(400)) < 0.1
-    formulas = ["a"] * 200 + ["b"] * 200
-    assert graph_embedding.identified(features, features + 1e-3, formulas) == {
-        "identified": 1.0,
-        "identified_by_chance": 2 / 400,
-    }
-    nothing = graph_embedding.identified(features, torch.zeros_like(features), formulas)
-    assert nothing["identified"] == 2 / 400
-
-
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_figures_that_are_not_finite_are_refused(runs, tmp_path):
     huge = scaled(runs / "georecon/last.pt", 1e30, tmp_path / "huge.pt")
@@ -65,20 +38,19 @@ def test_few_molecules_give_no_figures_that_are_none(runs, tmp_path):
 
 
 def test_use_of_the_graph_embedding(runs, tmp_path, capsys):
+    graph_embedding.main([str(runs / "georecon/last.pt"), f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}"])
+    (found,) = json.loads((tmp_path / "graph_embedding.json").read_text())["checkpoints"].values()
+    assert {"rec_loss", "rise_isomer", "rise_same_size", "rise_mean"} <= found.keys()
+    assert "isomer, %" in capsys.readouterr().out
+
+
+def test_a_run_without_a_decoder_that_is_given_g_is_refused(runs, tmp_path):
     without = torch.load(runs / "georecon/last.pt", weights_only=True)
     without["config"]["decoder_graph_emb"] = False
-    (tmp_path / "without").mkdir()
-    torch.save(without, tmp_path / "without/last.pt")
-    places = runs / "georecon", runs / "coord", tmp_path / "without"
-    names = [str(place / "last.pt") for place in places]
-    graph_embedding.main([*names, f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}"])
-    found = json.loads((tmp_path / "graph_embedding.json").read_text())["checkpoints"].values()
-    found = dict(zip(("georecon", "coord", "without"), found, strict=True))
-    figures = {"rec_loss", "rise_isomer", "rise_same_size", "rise_mean"}
-    assert figures <= found["georecon"].keys()
-    for name in ("coord", "without"):
-        assert "rec_loss" not in found[name] and "r2_torsion" in found[name]
-    assert "isomer, %" in capsys.readouterr().out
+    torch.save(without, tmp_path / "last.pt")
+    for path in (runs / "coord/last.pt", tmp_path / "last.pt"):
+        with pytest.raises(InputError, match="no decoder that is given g"):
+            graph_embedding.main([str(path), f"data={QM9}", "num_molecules=60", f"out_dir={tmp_path}/out"])
 
 
 def test_a_decoder_that_cannot_see_g_does_not_use_it(runs, tmp_path):

@@ -134,26 +134,26 @@ def test_a_fine_tuning_result_without_its_errors_is_one_line(place, key):
 
 def test_what_is_kept_says_how_it_was_measured(place):
     """And of the LLC a figure a molecule; it is read as the results of before."""
-    path = place / "results/control/coord_rms_s1.json"
+    path = place / "results/control/georecon_rms_s1.json"
     expected = json.loads(path.read_text())
     path.unlink()
-    out = reproduce.folder("control", "coord_rms_s1")
+    out = reproduce.folder("control", "georecon_rms_s1")
     out.mkdir(parents=True)
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in expected["curve_val"]))
     (out / "metrics.json").write_text(json.dumps({k: v for k, v in expected.items() if k not in ("study", "run")}))
-    for key, (_, file, inner) in runs.analyses("control", "coord_rms_s1").items():
+    for key, (_, file, inner) in runs.analyses("control", "georecon_rms_s1").items():
         made_by = {"command": key, "commit": "abc", "settings": {"num_molecules": 2}}
         found = {inner: expected[key], "checkpoints": {"last": {"llc": {"15": [1.0, 2.0]}}}} | {inner: expected[key]}
         (place / file).parent.mkdir(parents=True)
         (place / file).write_text(json.dumps(found | made_by))
-    reproduce.keep("control", "coord_rms_s1")
+    reproduce.keep("control", "georecon_rms_s1")
     kept = json.loads(path.read_text())
     assert kept["analyses"].keys() == {"smoothness", "noised_0.01", "noised_0.04", "graph_embedding", "probe_H"}
     assert kept["analyses"]["smoothness"] == {
         **{"command": "smoothness", "commit": "abc", "settings": {"num_molecules": 2}, "llc": {"last": [1.0, 2.0]}}
     }
     assert "llc" not in kept["analyses"]["probe_H"]
-    assert kept["smoothness"] == expected["smoothness"] and reproduce.read_result("control", "coord_rms_s1") == kept
+    assert kept["smoothness"] == expected["smoothness"] and reproduce.read_result("control", "georecon_rms_s1") == kept
 
 
 def test_what_reproduce_starts_is_there(place):
