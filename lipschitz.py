@@ -26,7 +26,7 @@ from harness.errors import InputError, cli, explain
 from harness.files import check_new, names_of, provenance, write_json, write_whole
 from harness.ranks import tune_cpu
 from harness.settings import read_arguments
-from model import ModelConfig, radius_graph, scatter_mean, scatter_sum, setting
+from model import ModelConfig, scatter_mean, scatter_sum, setting
 
 # ---------------------------------------------------------------- settings
 
@@ -40,7 +40,6 @@ class LipschitzConfig:
     num_molecules: int = setting(100, low=1)  # of them, at random
     of: str = setting("graph", choices=("graph", "atoms", "all"))  # PAPER-SILENT: mean of x; all x; all x and vec
     iterations: tuple = setting((5, 15, 25), low=1)  # power iterations after which the norm is noted, Table 1
-    exact: bool = False  # the full Jacobian instead, one molecule after another
     batch_size: int = setting(100, low=1)  # molecules at a time
     # angstrom of noise added to the geometries before measuring; at 10 no geometry is left, and larger squares overflow
     position_noise_scale: float = setting(0.0, low=0, below=10.0)
@@ -57,10 +56,10 @@ class LipschitzConfig:
 # ---------------------------------------------------------------- the Jacobian and its norm
 
 
-def output(of, encoder, z, pos, batch, num_molecules, edge_index=None):
+def output(of, encoder, z, pos, batch, num_molecules):
     """-> h (R, C), and rows (R,), the molecule of each row. A molecule's output is all of its rows as one vector."""
     with explain("the radius graph", ValueError):
-        x, vec = encoder(z, pos, batch, edge_index)  # (N, F), (N, 3, F)
+        x, vec = encoder(z, pos, batch)  # (N, F), (N, 3, F)
     if of == "graph":
         return scatter_mean(x, batch, num_molecules), torch.arange(num_molecules, device=x.device)  # (B, F), (B,)
     return x if of == "atoms" else torch.cat([x, vec.flatten(1)], dim=1), batch  # (N, F) or (N, 4 F), (N,)
@@ -144,27 +143,6 @@ def spectral_norms(jvp, vjp, project, v, batch, rows, scale, iterations):
     return {later: found[later] for later in sorted(iterations)}
 
 
-def exact_norms(of, encoder, z, pos, batch, num_molecules, scale):
-    """|J P|_2 from the whole Jacobian, column by column, one molecule after another -> (B, S), of h / scale (S, C)."""
-    found = []
-    for molecule in range(num_molecules):
-        mask = batch == molecule
-        z_m, pos_m, batch_m = z[mask], pos[mask], torch.zeros_like(z[mask])
-        motions = rigid_motions(pos_m, batch_m, 1).flatten(0, 1)  # (3 n, 6)
-        edge_index = radius_graph(pos_m, batch_m, encoder.config.cutoff_upper)
-
-        def h(pos, z_m=z_m, batch_m=batch_m, edge_index=edge_index):
-            return output(of, encoder, z_m, pos, batch_m, 1, edge_index)[0]
-
-        unit = torch.eye(pos_m.numel(), dtype=pos.dtype, device=pos.device).view(-1, *pos_m.shape)
-        J = torch.stack([torch.func.jvp(h, (pos_m,), (v,))[1] for v in unit], dim=2)  # (R, C, 3 n)
-        J = J - J @ motions @ motions.T
-        finite = J if J.isfinite().all() else torch.zeros_like(J)  # its decomposition would fail
-        norms = torch.stack([torch.linalg.matrix_norm((finite / s.unsqueeze(1)).flatten(0, 1), 2) for s in scale])
-        found.append(norms if finite is J else norms * torch.nan)
-    return torch.stack(found)  # (B, number of scales)
-
-
 # ---------------------------------------------------------------- one encoder
 
 
@@ -192,11 +170,9 @@ def embed(of, encoder, parts):
 
 
 def constants(encoder, part, std, config):
-    """Norms of J P for one batch -> {step or "exact": (B, 2)}, of h as it is and of h / std."""
+    """Norms of J P for one batch -> {step: (B, 2)}, of h as it is and of h / std."""
     z, pos, batch, num, directions = part
     scale = torch.stack([torch.ones_like(std), std])  # (2, C)
-    if config.exact:
-        return {"exact": exact_norms(config.of, encoder, z, pos, batch, num, scale)}
     motions = rigid_motions(pos, batch, num)
     pos = pos.clone().requires_grad_()
     h, rows = output(config.of, encoder, z, pos, batch, num)
