@@ -15,14 +15,16 @@ def kind_of(study):
     run, (program, *_) = next(iter(runs.STUDIES[study].items()))
     if study in runs.SMOOTHNESS:
         return "arms" if study in runs.BESIDE else "smoothness"
-    kinds = {"output_norm": "readings", "family": "family", "family_finetune": "family"}
+    kinds = {"output_norm": "readings"} | dict.fromkeys(("family", "family_finetune", "encoders"), "family")
     return kinds.get(study, "errors" if program == "finetune.py" else "losses")
 
 
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
-    kinds = {"losses": losses_rows, "errors": errors_rows, "readings": readings_rows, "family": family_rows}
-    return kinds[kind](results) if (kind := kind_of(study)) in kinds else rows_of(results, SMOOTHNESS)
+    kinds = {"errors": errors_rows, "readings": readings_rows, "family": family_rows}
+    if (kind := kind_of(study)) in kinds:
+        return kinds[kind](results)
+    return rows_of(results, LOSSES if kind == "losses" else SMOOTHNESS)
 
 
 def rows_of(results, columns):
@@ -49,7 +51,7 @@ def table(study, results):
     """Lines of markdown, an arm a line."""
     rows = rows_for(study, results)
     columns = dict.fromkeys(column for row in rows.values() for column in row)
-    if kind_of(study) == "family":
+    if study.startswith("family"):
         least = {name: [least_difference([row.get(name, ()) for row in rows.values()])] for name in columns}
         rows["the least difference that can be seen"] = least
     yield f"| arm | {' | '.join(columns)} |"
@@ -73,18 +75,22 @@ def least_difference(samples):
     return t * math.sqrt(2 * np.square(rest).sum() / df / num)
 
 
-def draw(study, results):
-    """results/STUDY/<kind>.png: a row an arm, a panel a column, a point a seed."""
-    plt = need("matplotlib.pyplot", "drawing")
+def rows_drawn(study, results):
+    """What is drawn: {arm: {column: its value for each seed}}, and the columns."""
     rows, kind = rows_for(study, results), kind_of(study)
-    if kind == "errors":  # a panel a task: its error of forces, or its first
+    if kind == "errors":  # of each task its error of forces, or its first
         tasks = {error.partition(":")[0]: error for error in sorted(rows, key=lambda error: "forces" in error)}
         starts = dict.fromkeys(start for row in rows.values() for start in row)
         rows = {start: {error: rows[error].get(start, []) for error in tasks.values()} for start in starts}
     elif kind == "smoothness":
         rows = rows_of(results, over_steps(results[0]))
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
-    columns = shown or list(dict.fromkeys(column for row in rows.values() for column in row))
+    return rows, shown or list(dict.fromkeys(column for row in rows.values() for column in row))
+
+
+def draw(study, results):
+    """results/STUDY/<kind>.png: a row an arm, a panel a column, a point a seed."""
+    plt, (rows, columns) = need("matplotlib.pyplot", "drawing"), rows_drawn(study, results)
     size = {"figsize": (1.6 + 1.5 * len(columns), 1.1 + 0.28 * len(rows)), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, **size)
     for axis, column in zip(axes[0], columns, strict=True):
@@ -108,7 +114,7 @@ def draw(study, results):
     commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
     made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
     figure.supxlabel(made_by, fontsize=7, color="0.4")
-    path = runs.ROOT / "results" / study / f"{kind}.png"
+    path = runs.ROOT / "results" / study / f"{kind_of(study)}.png"
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
@@ -119,12 +125,8 @@ def use_of_g(val):
     return None if other is None else 100 * (other / val[loss] - 1)
 
 
-LOSSES = {name: lambda val, name=name: val.get(name) for name in ("loss_noise", "loss_rec", "loss_clean")}
-LOSSES["use of g, %"] = use_of_g
-
-
-def losses_rows(results):
-    return rows_of(results, {name: lambda run, of=figure: of(run["val"]) for name, figure in LOSSES.items()})
+LOSSES = {name: lambda run, name=name: run["val"].get(name) for name in ("loss_noise", "loss_rec", "loss_clean")}
+LOSSES["use of g, %"] = lambda run: use_of_g(run["val"])
 
 
 def errors_rows(results):
@@ -142,13 +144,8 @@ def errors_rows(results):
 
 
 def at_end(result, kind):
-    """What an analysis found of a run's last step."""
-    return list(result[kind].values())[-1]
-
-
-def use_at_end(result):
-    """What a wrong g costs, in percent; nothing of a run whose decoder is not given g."""
-    return at_end(result, "graph_embedding") if "graph_embedding" in result else {}
+    """What an analysis found of a run's last step; nothing, if it was not asked."""
+    return list(result.get(kind, {"": {}}).values())[-1]
 
 
 SMOOTHNESS = {
@@ -160,8 +157,8 @@ SMOOTHNESS = {
     "at 0.04 &#8491;": lambda result: at_end(result, "noised_0.04")["llc"]["median"],
     "LLC/&#124;h&#124;": lambda result: at_end(result, "smoothness")["llc_by_norm"]["median"],
     "standardised": lambda result: at_end(result, "smoothness")["llc_standardised"]["median"],
-    "isomer's g, %": lambda result: use_at_end(result).get("rise_isomer"),
-    "mean g, %": lambda result: use_at_end(result).get("rise_mean"),
+    "isomer's g, %": lambda result: at_end(result, "graph_embedding").get("rise_isomer"),
+    "mean g, %": lambda result: at_end(result, "graph_embedding").get("rise_mean"),
     "H, ridge, meV": lambda result: result.get("probe_H", {"test": {}})["test"].get("H_mae_ridge"),
 }
 

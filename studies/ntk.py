@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity, mse_loss
 
@@ -54,10 +55,6 @@ def load_step(path):
     return content["step"], model.double(), config.target, run
 
 
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
 def linearisation(models, z, pos, batch, y):
     """Compare f(theta_t) with f(theta_0) + J(theta_0) (theta_t - theta_0): -> a dict per model.
 
@@ -73,7 +70,7 @@ def linearisation(models, z, pos, batch, y):
         leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         predicted = f(leaves)
         found = torch.autograd.grad(mse_loss(predicted, y), leaves.values(), materialize_grads=True)
-        return predicted.detach(), flat(found)
+        return predicted.detach(), torch.cat([t.flatten() for t in found])
 
     start, start_gradient = gradient(first)
     for model in models:
@@ -84,11 +81,12 @@ def linearisation(models, z, pos, batch, y):
         residual = 2 * (start + change - y) / len(y)  # d MSE / d f of the linearisation
         leaves = {name: p.detach().requires_grad_() for name, p in first.items()}
         linear = torch.autograd.grad(f(leaves), leaves.values(), residual, materialize_grads=True)
+        linear = torch.cat([t.flatten() for t in linear])
         yield {
             "prediction": cosine_similarity(predicted, start + change, dim=0).item(),
             "prediction_change": cosine_similarity(predicted - start, change, dim=0).item(),
             "gradient_start": cosine_similarity(now_gradient, start_gradient, dim=0).item(),
-            "gradient_linear": cosine_similarity(now_gradient, flat(linear), dim=0).item(),
+            "gradient_linear": cosine_similarity(now_gradient, linear, dim=0).item(),
         }
 
 
@@ -116,19 +114,14 @@ def compare(paths, config):
 
 
 def table(rows):
-    """Means over bins of a hundred steps, as in Table 8; over thirds of a shorter run."""
+    """Means over the thirds of a run: hundreds of steps, as in Table 8, if it has 300."""
     steps, names = list(rows), list(next(iter(rows.values())))
     yield f"{'steps':<12}" + "".join(f"{name:>20}" for name in names)
-    span = steps[-1] - steps[0]
-    width = 100 if span >= 100 else math.ceil(span / 3)
-    for start in range(steps[0], steps[-1], width):
-        inside = [row for step, row in rows.items() if start < step <= start + width]
-        if inside:
+    edges = np.linspace(steps[0], steps[-1], 4).round().astype(int)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        if inside := [row for step, row in rows.items() if low < step <= high]:
             means = [sum(row[name] for row in inside) / len(inside) for name in names]
-            cells = "".join(f"{mean:>20.4f}" for mean in means)
-            yield f"{f'{start}-{min(start + width, steps[-1])}':<12}{cells}"
-    if steps[0]:
-        yield f"the linearisation is at step {steps[0]}; Table 8's is at 0, the pretrained weights"
+            yield f"{f'{low}-{high}':<12}" + "".join(f"{mean:>20.4f}" for mean in means)
 
 
 def main(arguments):

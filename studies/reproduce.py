@@ -16,10 +16,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from harness.errors import InputError, cli, explain
-from harness.files import names_of, write_json
+from harness.files import write_json
 from harness.weights import require
 from studies import runs
-from studies.figures import draw, table
+from studies.figures import draw, rows_drawn, table
 from studies.runs import STUDIES, analyses
 
 
@@ -73,39 +73,17 @@ def keep(study, run):
     write_json(runs.ROOT / "results" / study / f"{run}.json", result)
 
 
-NUMBER = (float, type(None))  # null: not finite
-MEDIAN = {"median": NUMBER}
-TAKEN = {  # by tables and figures, of each checkpoint, by the key in the file of an analysis
-    "summary": {"llc": MEDIAN | {"p95": NUMBER}, "llc_by_norm": MEDIAN, "llc_standardised": MEDIAN},
-    "checkpoints": {"rise_mean": NUMBER},
-    "test": {"H_mae_ridge": float},
-}
-
-
-def template(study, run):
-    """What tables and figures take of a result, as harness.weights.require reads it."""
-    like = {"study": study, "run": run, "command": str, "commit": (str, type(None)), "seed": int}
-    like |= {"steps": int, "val": {str: float}, "curve_val": list}
-    if STUDIES[study][run][0] == "finetune.py":
-        return like | {"test": {str: {str: float}}, "units": {str: str}}
-    for key, (command, _, inner) in analyses(study, run).items():
-        names = names_of([word for word in command if word.endswith(".pt") and "=" not in word])
-        like[key] = dict.fromkeys(names or ["test"], TAKEN[inner])
-    return like | {"objective": str, "device": str, "val": {str: float, "loss_noise": float}}
-
-
 def read_result(study, run):
     """results/STUDY/<run>.json; refused if it lacks figures, or is of another run or command."""
     path = runs.ROOT / "results" / study / f"{run}.json"
     with explain(f"{path} is no result of this run, delete it and run the study again"):
         result = json.loads(path.read_text(encoding="utf-8"))
-        require(result, template(study, run), "the file")
+        needed = {"study": study, "run": run, "seed": int, "steps": int, "commit": (str, type(None)), "curve_val": list}
+        require(result, needed | dict.fromkeys(analyses(study, run), dict) | {"val": {str: float}}, "the file")
         command = shlex.join([*STUDIES[study][run], f"out_dir=out/{study}/{run}"])
         if result["command"].removesuffix(" resume=true") != command:
             raise ValueError(f"it was made by another command, {result['command']}")
-        curves = set().union(*result["curve_val"]) - {"split"}
-        for record in result["curve_val"]:
-            require(record, dict.fromkeys(curves, float) | {"step": int}, "a record of curve_val")
+        list(table(study, [result])), rows_drawn(study, [result])  # it has what these take of it
     return result
 
 

@@ -41,8 +41,8 @@ WHITEN = ["model.vec_norm_layer=whiten", "model.vec_norm_out=whiten"]
 NORMS = {"public": PUBLIC, "rms": [], "whiten": WHITEN}
 
 
-def pretrain(*more, steps=3000, kept=(0, 3000)):
-    length = f"max_steps={steps} lr_cosine_length={steps} keep_steps={','.join(map(str, kept))}"
+def pretrain(*more, steps=3000, kept=None):
+    length = f"max_steps={steps} lr_cosine_length={steps} keep_steps={','.join(map(str, kept or (0, steps)))}"
     return ["pretrain.py", "configs/qm9_small.yaml", "compile=true", *length.split(), *more]
 
 
@@ -75,7 +75,7 @@ STARTS = {"coord": "output_norm/coord_rms", "georecon": "output_norm/georecon_rm
 STARTS = {"untrained": STARTS["coord"], **STARTS} | {run: f"family/{run}" for run in FAMILY}
 STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("adaptive", "painn")}
 READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
-FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000, kept=(0, 20000))}
+FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
 KEPT = (0, 1000, 3000, 8000, 20000)
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=KEPT) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
@@ -119,6 +119,8 @@ ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OB
 STUDIES = {
     # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds. Half an hour a run
     "qm9_small": seeds((1, 2), {"coord": [*QM9_SMALL, "objective=coord"], "georecon": QM9_SMALL}),
+    # results/encoders/*.pt, which have not seen the splits val and test
+    "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes on a large GPU
     "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
@@ -138,13 +140,14 @@ STUDIES = {
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
+READ = ("output_norm", "family", "encoders")  # at two places in space, untrained and trained
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
 
 def analyses(study, run):
     """What is measured of a finished pretraining run: {key: (command, file, key in the file)}."""
-    if study not in (*SMOOTHNESS, "output_norm", "family"):
+    if study not in (*SMOOTHNESS, *READ):
         return {}
     out = f"out/{study}/{run}"
     given = dict(argument.split("=", 1) for argument in STUDIES[study][run][2:])
@@ -152,7 +155,7 @@ def analyses(study, run):
     data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
     few = [*data, "num_molecules=32", "iterations=15"]
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
-    if study in ("output_norm", "family"):
+    if study in READ:
         readings = READINGS if study == "output_norm" else READINGS[:1]
         places = {f"{of}_{noise}": (of, noise) for of in readings for noise in (0, NOISES[-1])}
         how = {name: [f"of={of}", f"position_noise_scale={noise}"] for name, (of, noise) in places.items()}
