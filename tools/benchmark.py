@@ -57,13 +57,13 @@ WIDE = ModelConfig(**PUBLISHED)
 FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
 
 
-def race(contenders, rounds, device):
+def race(functions, rounds, device):
     """{name: function} -> {name: seconds of each round}, in turns; first calls do not count."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     warm_up = 3 if device.type == "cuda" else 1  # CUDA graphs are recorded after the first
-    times = {name: [] for name in contenders}
+    times = {name: [] for name in functions}
     for count in range(warm_up + rounds):
-        for name, function in contenders.items():
+        for name, function in functions.items():
             wait()
             began = time.perf_counter()
             function()
@@ -111,34 +111,52 @@ def random_molecules(path, number, device, forces=False):
     return {key: value.to(device) for key, value in molecules.read(index, forces).items()}
 
 
-def property_model(config, device):
-    torch.manual_seed(0)
-    encoder = new_encoder(config)
-    return PropertyModel(encoder, "scalar", "sum", torch.zeros(config.max_z)).to(device)
+def with_backward(outputs, module):
+    """The backward pass of the mean squares of all outputs."""
+    sum(output.square().mean() for output in outputs).backward()
+    module.zero_grad()
 
 
-def encode(encoder, training, mol):
-    """A forward pass, with its backward pass if training."""
+def encode(model, mol, training):
+    """The encoder alone, with its backward pass if training."""
+    encoder = model.encoder if isinstance(model, PropertyModel) else model.representation_model
     with torch.set_grad_enabled(training):
         x, vec, *_ = encoder(mol["z"], mol["pos"], mol["batch"])
     if training:
-        (x.square().mean() + vec.square().mean()).backward()
-    encoder.zero_grad()
+        with_backward((x, vec), encoder)
 
 
-def encoder_contenders(file, training, config, device):
-    """The encoder on 50 molecules of config.<file>, if there is one."""
-    path = getattr(config, file)
+def energy_and_forces(model, mol, training):
+    """Energies and forces; if training, the gradient of their mean square errors, too."""
+    num_molecules = int(mol["batch"][-1]) + 1
+    if isinstance(model, PropertyModel):
+        energy, forces = model(mol["z"], mol["pos"], mol["batch"], num_molecules, forces=True)
+    else:  # the peer marks the positions that it is given as to be differentiated by
+        energy, forces = model(mol["z"], mol["pos"].clone(), mol["batch"])
+    if training:
+        with_backward((energy, forces - mol["forces"]), model)
+
+
+def contenders(what, model_config, file, number, training, config, device):
+    """Ours, ours compiled and the peer, on `number` molecules of config.<file>, if there is one."""
+    path, forces = getattr(config, file), what is energy_and_forces
     if not path:
         return {}
-    mol = random_molecules(path, 50, device)
-    model = property_model(WIDE, device)
-    plain, compiled = model.encoder, copy.deepcopy(model.encoder)
-    compile_layers(compiled, device)
-    encoders = {"ours": plain, "compiled": compiled}
+    mol = random_molecules(path, number, device, forces)
+    torch.manual_seed(0)
+    encoder = new_encoder(model_config)
+    model = PropertyModel(encoder, "scalar", "sum", torch.zeros(model_config.max_z)).to(device)
+    models = {"ours": model, "compiled": copy.deepcopy(model)}
+    if forces:
+        models["compiled"].compile_derivative(device)
+    else:
+        compile_layers(models["compiled"].encoder, device)
     if peer := peer_of(model):
-        encoders["peer"] = peer.representation_model.to(device)
-    return {name: partial(encode, encoder, training, mol) for name, encoder in encoders.items()}
+        models["peer"] = peer.to(device)
+    if forces:
+        for one in models.values():
+            one.train(training).requires_grad_(training)
+    return {name: partial(what, one, mol, training) for name, one in models.items()}
 
 
 OBJECTIVES = {"coord": {"objective": "coord"}, "georecon": {}, "georecon, alpha 1.2": {"alpha": 1.2}}
@@ -173,47 +191,22 @@ def family_contenders(config, device):
     with h5py.File(config.small, "r") as file:
         names = [name for name in FAMILY if name != "frad" or "rotor" in file]
     step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=25)
-    contenders = {}
+    steps = {}
     for kind, more in {"": {}, ", whiten": WHITEN, ", painn": {"backbone": "painn"}}.items():
         for name in names:
             backbone = {"backbone": "adaptive"} if name == "scd" else {}
             if not (backbone and "backbone" in more):
-                contenders[name + kind] = step(**FAMILY[name], model=ModelConfig(**backbone | more))
-    return contenders
-
-
-def energy_and_forces(model, mol, training):
-    """Energies and forces; if training, the gradient of their mean square errors, too."""
-    num_molecules = int(mol["batch"][-1]) + 1
-    if isinstance(model, PropertyModel):
-        energy, forces = model(mol["z"], mol["pos"], mol["batch"], num_molecules, forces=True)
-    else:  # the peer marks the positions that it is given as to be differentiated by
-        energy, forces = model(mol["z"], mol["pos"].clone(), mol["batch"])
-    if training:
-        (energy.square().mean() + (forces - mol["forces"]).square().mean()).backward()
-        model.zero_grad()
-
-
-def forces_contenders(frames, training, config, device):
-    """Energies and forces of that many frames of config.md17."""
-    mol = random_molecules(config.md17, frames, device, forces=True)
-    model = property_model(FORCES, device)
-    models = {"ours": model, "compiled": copy.deepcopy(model)}
-    models["compiled"].compile_derivative(device)
-    if peer := peer_of(model):
-        models["peer"] = peer.to(device)
-    for one in models.values():
-        one.train(training).requires_grad_(training)
-    return {name: partial(energy_and_forces, one, mol, training) for name, one in models.items()}
+                steps[name + kind] = step(**FAMILY[name], model=ModelConfig(**backbone | more))
+    return steps
 
 
 PAIRS = list(product(("small", "larger"), ("forward", "step")))
 WORKLOADS = {
-    "encoder": {f"encoder, {f}, {kind}": partial(encoder_contenders, f, kind == "step") for f, kind in PAIRS},
+    "encoder": {f"encoder, {f}, {k}": partial(contenders, encode, WIDE, f, 50, k == "step") for f, k in PAIRS},
     "pretrain": {"pretrain": pretrain_contenders},
     "family": {"family": family_contenders},
-    "forces": {f"forces, {n} frames": partial(forces_contenders, n, True) for n in (4, 32)},
-    "md": {"md, 1 frame": partial(forces_contenders, 1, False)},
+    "forces": {f"forces, {n} frames": partial(contenders, energy_and_forces, FORCES, "md17", n, True) for n in (4, 32)},
+    "md": {"md, 1 frame": partial(contenders, energy_and_forces, FORCES, "md17", 1, False)},
 }
 
 
@@ -221,8 +214,7 @@ def compare(case, config):
     """The contenders of each workload of a case in turns, beside a reference if it is there."""
     device, rounds = torch.device(config.device), config.rounds * (10 if case == "md" else 1)
     for workload, contenders_of in WORKLOADS[case].items():
-        contenders = contenders_of(config, device)
-        times = race(contenders, rounds, device)
+        times = race(contenders_of(config, device), rounds, device)
         reference = times.get("coord" if case in ("pretrain", "family") else "peer")
         for name, found in times.items():
             row = {"case": workload, "contender": name, "seconds": statistics.median(found)}
@@ -234,16 +226,13 @@ def compare(case, config):
 
 def main(arguments):
     chosen, config = read_arguments(BenchmarkConfig, arguments)
-    chosen, device, cpu = chosen or list(WORKLOADS), torch.device(config.device), torch.device("cpu")
+    chosen, device = chosen or list(WORKLOADS), torch.device(config.device)
     if unknown := [case for case in chosen if case not in WORKLOADS]:
         raise InputError(f"no case {unknown[0]!r}: there are {', '.join(WORKLOADS)}", code=2)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = cuda: torch finds no GPU", code=2)
-    random_molecules(config.small, 200, cpu)
-    if config.larger:
-        random_molecules(config.larger, 50, cpu)
-    if {"forces", "md"} & set(chosen):
-        random_molecules(config.md17, 32, cpu, forces=True)
+    for path in filter(None, (config.small, config.larger, config.md17)):
+        random_molecules(path, 50, torch.device("cpu"), forces=path == config.md17)
     check_new(config.out, make_folder=True)
     if config.device == "cpu":
         torch.set_num_threads(config.threads)
