@@ -45,33 +45,41 @@ def predict_molecule(model, about, z, pos, edge_index=None):
     return value * scale, (f.double() * model.std).cpu().numpy() * scale
 
 
-def predict(checkpoint, source, out):
-    """Read the molecules of source, predict each, write them with what was predicted to out."""
-    purpose = "reading and writing xyz"
-    ase, ase_io = need("ase", purpose), need("ase.io", purpose)
-    single_point = need("ase.calculators.singlepoint", purpose)
-    model, about = load_property_model(checkpoint)
+def read_molecules(source):
+    """Molecules {id, z, pos, tags} of an xyz, an SDF or a csv of SMILES; refuses one that is none."""
     check_file(source, "give an extended xyz, an SDF or a csv")
-    check_new(out, kinds=(".xyz", ".extxyz"))
-    if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
-        raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     from beyond.molnet import read_smiles  # here, since nothing else of this file needs it
 
     readers = {".sdf": read_sdf, ".csv": read_smiles, ".tsv": read_smiles}
     read = readers.get(Path(source.lower().removesuffix(".gz")).suffix, partial(read_xyz, labelled=False))
     with readable(source):
         molecules = list(read(Path(source)))
+    for mol in molecules:
+        cause = f"is {mol['skip']}" if "skip" in mol else flaw(mol["z"], mol["pos"], {})
+        if cause:
+            raise InputError(f"{source}: molecule {mol['id']} {'' if 'skip' in mol else 'has '}{cause}")
+    if not molecules:
+        raise InputError(f"{source}: no molecules inside")
     notes = Counter(note for mol in molecules for note in mol.get("notes", ()) if "not read" not in note)
     for note, number in notes.items():
         print(f"  {note} ({number} molecules)")
+    return molecules
+
+
+def predict(checkpoint, source, out):
+    """Read the molecules of source, predict each, write them with what was predicted to out."""
+    purpose = "reading and writing xyz"
+    ase, ase_io = need("ase", purpose), need("ase.io", purpose)
+    single_point = need("ase.calculators.singlepoint", purpose)
+    model, about = load_property_model(checkpoint)
+    check_new(out, kinds=(".xyz", ".extxyz"))
+    if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
+        raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
+    molecules = read_molecules(source)
     key = "predicted" if about["name"] in TAKEN or re.search(r"[^\w .()/-]", about["name"]) else about["name"]
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
-        if "skip" in mol:
-            raise InputError(f"{where} is {mol['skip']}")
-        if cause := flaw(mol["z"], mol["pos"], {}):
-            raise InputError(f"{where} has {cause}")
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
@@ -87,8 +95,6 @@ def predict(checkpoint, source, out):
         else:
             atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
-    if not written:
-        raise InputError(f"{source}: no molecules inside")
     write_whole(Path(out), lambda path: ase_io.write(str(path), written, format="extxyz"))
     kind = f"{about['name']} and forces" if about["target"] == "energy_forces" else about["name"]
     print(f"{out}: {kind} of {len(written)} molecules")

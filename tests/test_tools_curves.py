@@ -1,0 +1,86 @@
+"""tools/curves.py: what is drawn is what is logged, while a run goes on, too."""
+
+import json
+import shutil
+
+import pytest
+
+from harness.errors import InputError
+from tools import curves
+
+plt = pytest.importorskip("matplotlib.pyplot")
+
+
+def lines_of(axis):
+    return [list(zip(*line.get_data(), strict=True)) for line in axis.lines]
+
+
+def test_panels_hold_what_is_logged(runs, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)  # to look at it
+    out = tmp_path / "new/curves.png"
+    curves.main([str(runs / "georecon"), str(runs / "coord"), f"out={out}"])
+    assert out.read_bytes().startswith(b"\x89PNG") and "georecon, coord" in capsys.readouterr().out
+    panels = {axis.get_title().removesuffix(" over steps"): axis for axis in drawn[0].axes}
+    logs = {
+        run: [json.loads(line) for line in (runs / run / "log.jsonl").read_text().splitlines()]
+        for run in ("georecon", "coord")
+    }
+    assert panels.keys() == {name for log in logs.values() for record in log for name in record} - {"step", "split"}
+    for name, axis in panels.items():
+        expected = [
+            [(record["step"], record[name]) for record in log if record["split"] == split and name in record]
+            for log in logs.values()
+            for split in ("train", "val")
+        ]
+        assert sorted(filter(None, lines_of(axis))) == sorted(filter(None, expected)), name
+    styles = {(line.get_color(), line.get_linestyle()) for line in panels["loss"].lines}
+    assert len(styles) == 2  # told apart without colour
+    plt.rcdefaults()
+
+
+def test_a_picture_is_replaced_and_may_be_svg(runs, tmp_path):
+    out = tmp_path / "curves.svg"
+    for _ in range(2):
+        curves.main([str(runs / "gap"), f"out={out}"])
+    assert out.read_text().startswith("<?xml") and [path.name for path in tmp_path.iterdir()] == ["curves.svg"]
+
+
+def test_a_run_that_goes_on(runs, tmp_path):
+    """Its last line may be half written; a line in the middle may not."""
+    shutil.copytree(runs / "coord", tmp_path / "coord")
+    log = tmp_path / "coord/log.jsonl"
+    whole = curves.read_log(tmp_path / "coord")
+    log.write_text(log.read_text() + '{"step": 4, "spl')
+    assert curves.read_log(tmp_path / "coord") == whole
+    log.write_text(log.read_text() + "\n")
+    with pytest.raises(InputError, match="log.jsonl is damaged"):
+        curves.main([str(tmp_path / "coord"), f"out={tmp_path}/a.png"])
+    log.write_text("")
+    with pytest.raises(InputError, match="nothing is logged yet"):
+        curves.main([str(tmp_path / "coord"), f"out={tmp_path}/a.png"])
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said, code",
+    [
+        (["nowhere"], "nowhere/log.jsonl", 1),
+        (["out=a.png"], "usage", 2),
+        (["nowhere", "out=a.gif"], "usage", 2),
+        (["nowhere", "colour=red"], "unknown key colour", 2),
+    ],
+)
+def test_what_it_cannot_draw_is_one_line(arguments, said, code):
+    with pytest.raises(InputError, match=said) as caught:
+        curves.main(arguments)
+    assert caught.value.code == code and "\n" not in str(caught.value)
+
+
+def test_tensorboard_reads_what_is_logged(runs, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    curves.main([str(runs / "coord"), "--tensorboard", f"out={tmp_path}/a.png"])
+    events = reader.EventAccumulator(str(tmp_path / "a/coord"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss/val")]
+    assert found == [(step, pytest.approx(y)) for step, y in curves.read_log(runs / "coord")["loss"]["val"]]

@@ -1,0 +1,99 @@
+"""Pictures of runs, finished or going on: losses, rate, gradient, speed and errors, side by side.
+
+    python -m tools.curves out/demo out/coord [out=out/curves.png] [--tensorboard]
+
+A panel is a figure of log.jsonl, a line is a run: thin in training, with circles in validation.
+out= may end in .svg; an older picture is replaced. --tensorboard adds a folder of event files.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import InputError, cli, explain, need
+from harness.files import check_file, names_of, write_whole
+from harness.settings import read_arguments
+
+STYLES = [(color, dashes) for dashes in ("-", "--", ":", "-.") for color in ("black", "0.6")]
+LINEAR = ("lr", "molecules_per_s")
+COLUMNS = 4  # panels in a row
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    out: str = "out/curves.png"
+
+
+def read_log(folder):
+    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; a half written last line is left out."""
+    path, figures = Path(folder) / "log.jsonl", {}
+    check_file(path, "name folders of runs, such as out/demo")
+    with explain(f"{path} is damaged"):
+        for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
+            record = json.loads(line)
+            step, split = record.pop("step"), record.pop("split")
+            for name, value in record.items():
+                points = figures.setdefault(name, {"train": [], "val": []})[split]
+                points.append((int(step), float("nan" if value is None else value)))
+    if not figures:
+        raise InputError(f"{path}: nothing is logged yet")
+    return figures
+
+
+def draw(logs, out):
+    """{name of a run: its figures} -> a picture."""
+    plt = need("matplotlib.pyplot", "drawing")
+    panels = list(dict.fromkeys(name for figures in logs.values() for name in figures))
+    rows = -(-len(panels) // COLUMNS)
+    size = {"figsize": (3 * COLUMNS, 2.3 * rows + 0.6), "layout": "constrained"}
+    picture, axes = plt.subplots(rows, COLUMNS, squeeze=False, **size)
+    styles = [STYLES[place % len(STYLES)] for place in range(len(logs))]
+    for axis, name in zip(axes.flat, panels, strict=False):
+        axis.set_title(f"{name} over steps", fontsize=8)
+        axis.tick_params(labelsize=7)
+        for figures, (color, dashes) in zip(logs.values(), styles, strict=True):
+            for split, points in figures.get(name, {}).items():
+                marker = {"marker": "o", "ms": 3} if split == "val" else {"lw": 0.9}
+                axis.plot([step for step, _ in points], [y for _, y in points], ls=dashes, color=color, **marker)
+        drawn = [y for line in axis.lines for y in line.get_ydata() if y == y]
+        if name not in LINEAR and min(drawn, default=0) > 0:
+            axis.set(yscale="log")
+            axis.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
+            axis.yaxis.set_minor_formatter(plt.NullFormatter())
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    lines = [plt.Line2D([], [], color=color, ls=dashes) for color, dashes in styles]
+    picture.legend(lines, logs, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    write_whole(out, lambda path: picture.savefig(path, dpi=120, format=out.suffix[1:]))
+    plt.close(picture)
+
+
+def write_events(logs, folder):
+    """Event files for `tensorboard --logdir folder`, a folder a run."""
+    events = need("torch.utils.tensorboard", "--tensorboard")
+    for run, figures in logs.items():
+        with events.SummaryWriter(str(folder / run)) as writer:
+            for name, splits in figures.items():
+                for split, points in splits.items():
+                    for step, value in points:
+                        writer.add_scalar(f"{name}/{split}", value, step)
+    print(f"wrote {folder}: tensorboard --logdir {folder}")
+
+
+def main(arguments):
+    words = [word for word in arguments if word != "--tensorboard"]
+    folders, config = read_arguments(CurvesConfig, words)
+    out = Path(config.out)
+    if not folders or out.suffix not in (".png", ".svg"):
+        raise InputError("usage: python -m tools.curves out/a [out/b ...] [out=NAME.png or .svg]", code=2)
+    names = names_of([f"{folder}/log" for folder in folders]) if len(folders) > 1 else [Path(folders[0]).resolve().name]
+    logs = {name: read_log(folder) for name, folder in zip(names, folders, strict=True)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(logs, out)
+    print(f"wrote {out}: {', '.join(logs)}")
+    if len(words) < len(arguments):
+        write_events(logs, out.with_suffix(""))
+
+
+if __name__ == "__main__":
+    cli(main, __doc__, needed=1)
