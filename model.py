@@ -16,8 +16,6 @@ GeoRecon (Yan, Li, Zhang) trains it, see pretrain.py. This file reads from leaf 
     F  channels                 x (N, F) invariant, vec (N, 3, F) equivariant: vec(pos R^T) = R vec(pos)
     K  radial functions         edge_attr (P, K)
     H  attention heads of D = F / H channels
-
-`python model.py` builds the encoder, prints what it returns and how well it turns with a molecule.
 """
 
 import math
@@ -566,15 +564,3 @@ def load_encoder(path):
         first = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no encoder.pt of schema georecon/1: {type(error).__name__} {first}") from None
     return encoder
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    encoder = EquivariantTransformer(ModelConfig()).double()
-    z, batch = torch.tensor([8, 1, 1]), torch.tensor([0, 0, 0])  # water
-    pos = torch.tensor([[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]], dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-    (x, vec), (x_turned, vec_turned) = encoder(z, pos, batch), encoder(z, pos @ rotation.T, batch)
-    print(f"{sum(p.numel() for p in encoder.parameters()):,} parameters; x {tuple(x.shape)}, vec {tuple(vec.shape)}")
-    print(f"after a random rotation or reflection x changes by {(x - x_turned).abs().max():.0e}, ", end="")
-    print(f"vec differs from the turned vec by {(rotation @ vec - vec_turned).abs().max():.0e}")

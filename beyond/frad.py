@@ -10,7 +10,7 @@ rotatable bond
 The torsions are noise that the network sees and need not predict. With tau = 0 this is Coord.
 
     R         rotors, the rotatable bonds of a batch: bond (R, 2) = atoms [j stays, k turns]
-    fragment  (N,) the rigid piece of each atom: 0 stays, f >= 1 hangs on rotor f - 1; beyond/rotors.py finds them
+    fragment  (N,) the rigid piece of each atom: 0 stays, f >= 1 hangs on rotor f - 1; by beyond/rotors.py
 """
 
 import math
@@ -29,7 +29,7 @@ from model import EquivariantVectorOutput
 
 
 def product(a, b):
-    """Matrix products a (..., 3, 3), b (..., 3, c) -> (..., 3, c), in the dtype of a and b whatever autocast says."""
+    """Matrix products a (..., 3, 3), b (..., 3, c) -> (..., 3, c); autocast does not change their dtype."""
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 
@@ -81,7 +81,7 @@ class Rotors:
                 dtype, shape = wanted.get(name) or ("uint16", (int(self.rotor_ptr[-1]), 2))
                 found = file[f"rotor/{name}"] if name in file["rotor"] else np.empty(0)
                 if found.shape != shape or found.dtype != dtype:
-                    raise InputError(f"{self.path}: dataset rotor/{name} is not {dtype} {shape}: {remedy}")
+                    raise InputError(f"{self.path}: rotor/{name} is not {dtype} {shape}: {remedy}")
                 if name == "ptr":
                     self.rotor_ptr = found[:]
             if self.rotor_ptr[0] != 0 or (np.diff(self.rotor_ptr) < 0).any():
@@ -110,7 +110,7 @@ class Rotors:
         def check(bad, batch, why):
             if bad.any():
                 m = index[batch[bad.argmax()]]
-                raise InputError(f"{self.path}: molecule {m} has {why}: add its rotors again by data.py")
+                raise InputError(f"{self.path}: molecule {m} has {why}: add its rotors again")
 
         check((bond >= atoms[of_rotor, None]).any(1), of_rotor, "a rotor on an atom that is not there")
         j, k = bond.T + first_atom[of_rotor]
@@ -125,13 +125,13 @@ class Rotors:
 
 
 class Frad(nn.Module):
-    """Fractional denoising on any encoder (z, pos, batch) -> x, vec; attributes and first weights are Coord's.
+    """Fractional denoising on any encoder (z, pos, batch) -> x, vec; names and first weights are Coord's.
 
     DEVIATION: the clean geometry is the file's. Frad's code takes the conformer of its own LMDB
     file.
     """
 
-    extra_noise = 1  # a further standard normal number for each atom: the angle of the rotor that turns it
+    extra_noise = 1  # one more standard normal number an atom: the angle of the rotor that turns it
     unit = "mean square error of noise / sigma, per atom and axis"
     inputs = Rotors  # inputs(molecules)(index) -> what forward needs besides the atoms
 
@@ -142,7 +142,7 @@ class Frad(nn.Module):
         self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
 
     def forward(self, z, pos, batch, noise, num_molecules, shuffle=False, bond=None, fragment=None):
-        """noise (N, 4), standard normal: eps / sigma, and angle / tau of the rotor whose k the atom is."""
+        """noise (N, 4), standard normal: eps / sigma, and angle / tau of the rotor whose k it is."""
         eps, twist = noise[:, :3], noise[:, 3]  # (N, 3), (N,)
         tau = math.radians(self.config.dihedral_angle_noise_scale)
         pos = turn(pos, bond, fragment, tau * twist[bond[:, 1]])  # each rotor has a k of its own

@@ -1,4 +1,4 @@
-"""Molecules from SMILES: a csv of MoleculeNet, or of your own, with conformers and a scaffold split.
+"""Molecules from SMILES: a csv of MoleculeNet or of your own, conformers and a scaffold split.
 
     python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..." [smiles=smiles] [conformers=1] [seed=0]
     FILE.csv: a header, a column of SMILES, columns of numbers; also .tsv, with semicolons, .gz
@@ -46,7 +46,8 @@ MAX_ATOMS = 400  # Uni-Mol's limit, too. A chain of 300 takes two minutes
 def table(path):
     """Rows of a csv as lists of texts, the header first. Blank lines are no rows.
 
-    A quote that is not closed would make one cell of all that follows; so a cell of several rows is refused.
+    A quote that is not closed would make one cell of all that follows, so a cell of several rows
+    is refused.
     """
     with readable(path):
         with open_raw(path) as file:
@@ -69,10 +70,10 @@ def table(path):
 
 
 def find_columns(path, smiles, names):
-    """Places of the column of SMILES and of the columns called names, and which of them stand twice.
+    """Places of the column of SMILES and of those called names, and which of them stand twice.
 
-    A name that stands twice is the first such column, as pandas reads it. QM8 has its four PBE0 columns
-    twice, with two basis sets; the literature takes the first.
+    A name that stands twice is the first such column, as pandas reads it. QM8 has its four PBE0
+    columns twice, with two basis sets; the literature takes the first.
     """
     header = next(table(path), [])
     there = ", ".join(header[:40]) + ", ..." * (len(header) > 40)
@@ -88,7 +89,7 @@ def find_columns(path, smiles, names):
 
 
 def read_rows(path, width, smiles, places):
-    """(row, SMILES, {name: cell}) of each row; a row with more or fewer cells than the header has None for SMILES."""
+    """(row, SMILES, {name: cell}) of each row; None for SMILES if it has too many or too few cells."""
     rows = table(path)
     next(rows)
     for key, row in enumerate(rows):
@@ -119,7 +120,7 @@ def parse(smiles):
 
 
 def scaffolds(items):
-    """[(row, SMILES, cells)] -> [(row, Bemis-Murcko scaffold with its chirality, cells)]; None: of no use."""
+    """[(row, SMILES, cells)] -> [(row, chiral Bemis-Murcko scaffold, cells)]; None: no use."""
     from rdkit.Chem.Scaffolds import MurckoScaffold
 
     found = []
@@ -136,7 +137,7 @@ def scaffolds(items):
 def split_scaffolds(groups):
     """{scaffold: [row]} -> {row: split}: the largest groups first, each whole where it still fits.
 
-    PAPER-SILENT: the split of GEM, which Uni-Mol's are thought to be: 80, 10 and 10 %, with chirality.
+    PAPER-SILENT: the split of GEM, thought to be Uni-Mol's: 80, 10 and 10 %, with chirality.
     """
     num, split = sum(map(len, groups.values())), {}
     size = dict.fromkeys(SPLITS, 0)
@@ -150,7 +151,7 @@ def split_scaffolds(groups):
 
 
 def survey(path, columns, asked):
-    """Look through the whole table before hours of work -> {row: split}, or {} if one of the three would be empty."""
+    """Look through the table before hours of work -> {row: split}; {} if a part would be empty."""
     groups, values = {}, {name: array("d") for name in columns[2]}
     rows = tqdm(read_rows(path, *columns), unit=" rows", desc="scaffolds", disable=None)
     for key, scaffold, cells in parallel(scaffolds, rows):
@@ -208,7 +209,7 @@ def relax(mol):
 
 
 def embed(mol, seed):
-    """A copy of mol, which has its hydrogens, with a conformer -> copy, its note; or None, why there is none.
+    """A copy of mol, which has its hydrogens, with a conformer -> copy, note; or None, why not.
 
     DEVIATION: Uni-Mol gives a molecule that does not embed flat coordinates. Here it is left out.
     """
@@ -230,7 +231,7 @@ def embed(mol, seed):
 
 
 def conformers(items, num, seed):
-    """[(row, SMILES, cells)] -> molecules, up to num neighbours of each row; or one that says why there is none."""
+    """[(row, SMILES, cells)] -> molecules, up to num of each row, or one that says why not."""
     from rdkit import Chem
 
     molecules = []
@@ -255,7 +256,7 @@ def conformers(items, num, seed):
 
 
 def read_smiles(path):
-    """Molecules of a csv's column of SMILES, a conformer each, with its numbers as tags, for tools/predict.py."""
+    """Molecules of a csv's SMILES, a conformer each, with its numbers as tags, for tools/."""
     need("rdkit", "making conformers")
     header = next(table(path), [])
     if not header:
@@ -272,7 +273,7 @@ def read_smiles(path):
 
 
 def parse_keys(words):
-    """Words after OUT.h5, in any order; those with blanks may have lost their quotes -> {key: text}."""
+    """Words after OUT.h5, in any order and perhaps without their quotes -> {key: text}."""
     first, *rest = KEY.split(" ".join(words))
     keys = dict(zip(rest[::2], map(str.strip, rest[1::2])))
     if {"targets", "unit"} & keys.keys():

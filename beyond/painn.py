@@ -75,7 +75,7 @@ class PaiNNInteraction(nn.Module):
     mu_i      += sum_j b u_ij + e mu_j
     """
 
-    compiles = True  # by torch.compile: a step with both kinds compiled is 1.7 times as fast on one CPU core
+    compiles = True  # a step with both kinds compiled is 1.7 times as fast on one CPU core
 
     def __init__(self, channels):
         super().__init__()
@@ -135,7 +135,7 @@ class PaiNN(nn.Module):
         self.mixing = nn.ModuleList(PaiNNMixing(channels) for _ in range(layers))
 
     def forward(self, z, pos, batch, edge_index=None):
-        """edge_index (2, P): the pairs, if already known. Those beyond the cutoff have C = 0, so no weight."""
+        """edge_index (2, P): the pairs, if already known; beyond the cutoff C = 0, no weight."""
         if edge_index is None:
             edge_index = radius_graph(pos, batch, self.config.cutoff_upper, self.config.max_num_neighbors)
         j, i = edge_index

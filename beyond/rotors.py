@@ -1,7 +1,7 @@
-"""The rotatable bonds of the molecules of a file, and which atoms turn with each: what objective=frad needs.
+"""The rotatable bonds of a file's molecules, and which atoms turn with each, for objective=frad.
 
     python data.py rotors FILE.h5 [RAW] OUT.h5        OUT.h5 is FILE.h5 and three more datasets
-    RAW: *.sdf, *.sdf.gz or *.sdf.tar.gz with the bonds of these molecules, or qm9pack-1.0.3-py3-none-any.whl
+    RAW: *.sdf, *.sdf.gz or *.sdf.tar.gz with their bonds, or qm9pack-1.0.3-py3-none-any.whl
 
     rotor/ptr       int64 (M+1,)   rotors of molecule m are rows ptr[m]:ptr[m+1]
     rotor/bond      uint16 (R, 2)  [j stays, k turns], atom numbers within the molecule
@@ -35,7 +35,7 @@ LONGEST = 1.3  # of the sum of covalent radii; a longer bond is none in this geo
 SAME = 1e-3  # Å, between the positions of RAW and of the file: an SDF has four digits
 
 
-# ---------------------------------------------------------------- bonds: text, z (n,), pos (n, 3) -> mol, or None
+# ------------------------------------------- bonds: text, z (n,), pos (n, 3) -> mol, or None
 
 
 @cache
@@ -49,7 +49,7 @@ def chemistry():
 
 
 def fitting(_, z, pos, mol):
-    """mol, if it has these elements in this order, and no bond that is too long in this geometry; else None."""
+    """mol, if it has these elements in this order and no bond too long in this geometry."""
     if mol is None or [atom.GetAtomicNum() for atom in mol.GetAtoms()] != z.tolist():
         return None
     i, j = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in mol.GetBonds()], np.int64).reshape(-1, 2).T
@@ -136,7 +136,7 @@ def search(items, bonds_of):
 
 
 def sdf_texts(raw):
-    """(id, block) under both ids that a converter may have given it: its place, and the number its title ends with."""
+    """(id, block) under both ids a converter may give: its place, the number that ends its title."""
     files = (part for name, part in files_in(raw) if name.endswith(".sdf") or ".tar" not in raw.suffixes)
     for place, block in enumerate(block for part in files for block in sdf_blocks(part)):
         title = re.search(r"(?<!\d)\d{1,18}$", block.partition("\n")[0].strip())  # 17, gdb_17
@@ -151,11 +151,11 @@ def texts(raw):
         return ((int(row["Index"]), row["SMILES"]) for row in rows), from_smiles, "SMILES"
     if {".sdf", ".tar"} & set(raw.suffixes):
         return sdf_texts(raw), from_sdf, "SDF"
-    raise InputError(f"{raw}: bonds are read from .sdf, .sdf.gz, .sdf.tar.gz or qm9pack-*.whl", code=2)
+    raise InputError(f"{raw}: bonds are read from .sdf(.gz), .sdf.tar.gz or qm9pack-*.whl", code=2)
 
 
 def find_all(file, raw):
-    """The three datasets of an open file, the number of rotors (M,), -1 where unknown, and {origin of bonds: count}."""
+    """The datasets of an open file, the number of rotors (M,), -1: unknown, {origin of bonds: count}."""
     z, ptr, ids = (file[name][:] for name in ("z", "ptr", "id"))
     bond, fragment = np.zeros((len(z), 2), np.uint16), np.zeros(len(z), np.uint16)  # bond: molecule m's from ptr[m] on
     number, origins, sizes = np.full(len(ids), -1), {}, np.diff(ptr)

@@ -1,4 +1,4 @@
-"""Uni-Mol (Zhou et al., ICLR 2023, github.com/deepmodeling/Uni-Mol): another backbone, in torch alone.
+"""Uni-Mol (Zhou et al., ICLR 2023, github.com/deepmodeling/Uni-Mol): a backbone, in torch alone.
 
 z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F), as model.py's EquivariantTransformer. It
 is a transformer that knows the geometry by the distances alone. They make the first attention
@@ -93,7 +93,7 @@ class Encoding(NamedTuple):
         return Encoding(*(part[start:stop] for part in self))
 
     def weigh(self, weight):
-        """1/n sum_j weight_ij (r_j - r_i) over the tokens of a molecule: (B, n, n, C) -> (B, n, 3, C)."""
+        """1/n sum_j weight_ij (r_j - r_i) over a molecule's tokens: (B, n, n, C) -> (B, n, 3, C)."""
         step = self.step * self.real[:, None, :, None]  # (B, n, n, 3)
         return product(step.mT, weight) / self.real.sum(1)[:, None, None, None]
 

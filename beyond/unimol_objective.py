@@ -1,4 +1,4 @@
-"""Uni-Mol's own pretraining, masked and moved atoms, and the same with reconstruction (GeoRecon, App. G).
+"""Uni-Mol's pretraining, masked and moved atoms, and with reconstruction (GeoRecon, App. G).
 
     python pretrain.py configs/unimol_small_pretrain.yaml
     python pretrain.py configs/unimol_small_rec_pretrain.yaml
@@ -71,7 +71,7 @@ def corrupt(token, batch, noise):
 
 
 class Distances:
-    """Mean and standard deviation of the distances between atoms, of up to 1,000 molecules of the file.
+    """Mean and standard deviation of the distances between atoms, of up to 1,000 molecules.
 
     DEVIATION: the public code has those of its own conformers, 6.31 and 3.39 angstrom.
     """
@@ -152,7 +152,7 @@ def off_norm(x, real):
 
 
 class UniMolPretraining(nn.Module):
-    """Objectives unimol and unimol_rec, as pretrain.Pretraining: the contract is in beyond/README.md.
+    """Objectives unimol and unimol_rec, as pretrain.Pretraining; see beyond/README.md.
 
     DEVIATION: a loss of chosen atoms is their sum over 0.15 N, the number to be expected, not over
     their number; and the others are means over atoms, too: each atom counts its molecule's mean.
