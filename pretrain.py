@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=4 pretrain.py configs/pcqm.yaml                the paper's run
     python pretrain.py configs/pcqm.yaml resume=true                         go on where it stopped
 
-A run writes to out_dir (default out/<name of the config>): config.yaml, every setting; log.jsonl; last.pt, all that
-resuming needs; encoder.pt, the encoder alone; metrics.json, the final figures and what made them.
+A run writes to out_dir (default out/<name of the config>); README.md says what each file is.
 
 What is random follows from keys: the order from (seed, epoch), noise from (seed, step), first weights from the seed.
 Every seed has the same validation molecules and noise. Order and noise are of the global batch: a rank takes its slice.
@@ -68,6 +67,7 @@ class PretrainConfig:
     w_noise: float = setting(1.0, low=0)  # PAPER-SILENT: Coord's denoising_weight
     w_clean: float = setting(1.0, low=0)  # PAPER-SILENT
     w_rec: float = setting(0.45, low=0)  # PAPER-SILENT for the main run; the middle of Table 7
+    rec_target: str = setting("scaled", choices=("scaled", "unit"))  # PAPER-SILENT: alpha eps / sigma; eps / sigma
     decoder_layers: int = setting(1, low=0)  # PAPER-SILENT: "lightweight"
     decoder_vec: bool = True  # PAPER-SILENT: the decoder starts from vec of the encoder; false: from zero
     decoder_graph_emb: bool = True  # false: the decoder sees zero in place of g, a control that the paper lacks
@@ -156,7 +156,7 @@ class Pretraining(nn.Module):
 
     def __init__(self, encoder, config):
         super().__init__()
-        self.config = config  # keys: objective alpha w_* decoder_* pooling position_noise_scale
+        self.config = config  # keys: objective alpha w_* rec_target decoder_* pooling position_noise_scale
         self.encoder = encoder
         self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
         if config.objective != "coord":
@@ -175,8 +175,7 @@ class Pretraining(nn.Module):
         pos_noised = pos + config.position_noise_scale * noise
         pos_rec = pos + config.alpha * config.position_noise_scale * noise
         # one encoder call for all variants: they are further molecules of the batch. alpha = 1: rec is the noised one
-        number = 1 if config.objective == "coord" else 2 if config.alpha == 1 else 3
-        variants = [pos_noised, pos, pos_rec][:number]
+        variants = [pos_noised, pos, pos_rec][: 1 if config.objective == "coord" else 2 if config.alpha == 1 else 3]
         offsets = [batch + k * num_molecules for k in range(len(variants))]
         x, vec = self.encoder(z.repeat(len(variants)), torch.cat(variants), torch.cat(offsets))
 
@@ -190,15 +189,16 @@ class Pretraining(nn.Module):
         losses["loss_clean"] = predicted[N:].square().mean()
 
         # Graph level, Sec. 4.2 "Reconstruction Head": the decoder sees the clean molecule as g.
-        # L_rec = 1/(3N) sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2
+        # L_rec = 1/(3N) sum_i |decoder([x_i^rec || g^clean], vec_i^rec) - alpha eps_i / sigma|^2      "scaled noise"
         # decoder_graph_emb = false, a control: g tells nothing. It is 0 * g, for DDP: attention pooling gets a gradient
         graph_emb = config.decoder_graph_emb * self.pooling(x[N : 2 * N], batch, num_molecules)  # (B, F), with gradient
         rec = slice(N) if config.alpha == 1 else slice(2 * N, None)
         x_rec, vec_rec = x[rec], vec[rec] if config.decoder_vec else None
-        losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), config.alpha * noise)
+        target = config.alpha * noise if config.rec_target == "scaled" else noise
+        losses["loss_rec"] = mse_loss(self.decoder(x_rec, vec_rec, graph_emb, pos_rec, batch), target)
         if shuffle:
             other = self.decoder(x_rec, vec_rec, graph_emb.roll(1, 0), pos_rec, batch)
-            losses["loss_rec_shuffled"] = mse_loss(other, config.alpha * noise)
+            losses["loss_rec_shuffled"] = mse_loss(other, target)
 
         # L = w_noise L_noise + w_clean L_clean + w_rec L_rec, Sec. 4.3
         w_clean = 0.0 if config.objective == "rec_only" else config.w_clean

@@ -170,6 +170,8 @@ class UniMolPretraining(nn.Module):
         super().__init__()
         if not isinstance(encoder, UniMol):
             raise InputError(f"objective = {config.objective}: it needs model.backbone=unimol", code=2)
+        if config.rec_target != "scaled":
+            raise InputError(f"objective = {config.objective}: its moves have no unit target", code=2)
         self.config = config  # keys: objective position_noise_scale; rec: alpha w_rec w_clean decoder_*
         channels, num_heads = config.model.embedding_dimension, config.model.num_heads
         self.encoder = encoder

@@ -71,7 +71,8 @@ def encode_all(method, config, batches):
         clean.append(method.pooling(method.encoder(z, pos, batch)[0], batch, num))
         pos_rec = pos + config.alpha * config.position_noise_scale * part["noise"]
         x, vec = method.encoder(z, pos_rec, batch)
-        starts.append((x, vec, pos_rec, batch, config.alpha * part["noise"]))
+        target = (config.alpha if config.rec_target == "scaled" else 1) * part["noise"]
+        starts.append((x, vec, pos_rec, batch, target))
     return torch.cat(clean), starts
 
 

@@ -15,7 +15,9 @@ from pretrain import GraphPooling, Pretraining
 
 def settings(**changes):
     defaults = dict(objective="georecon", alpha=1.0, w_noise=1.0, w_clean=0.7, w_rec=0.45, position_noise_scale=0.04)
-    defaults |= dict(decoder_layers=1, decoder_vec=True, decoder_graph_emb=True, pooling="mean", model=small())
+    defaults |= dict(
+        rec_target="scaled", decoder_layers=1, decoder_vec=True, decoder_graph_emb=True, pooling="mean", model=small()
+    )
     return SimpleNamespace(**defaults | changes)
 
 
@@ -30,13 +32,14 @@ def batch_and_noise(device):
     return z, pos, batch, noise, 3
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.3])
+@pytest.mark.parametrize("alpha, rec_target", [(1.0, "scaled"), (1.3, "scaled"), (1.3, "unit")])
 @pytest.mark.parametrize("objective", ["coord", "georecon", "rec_only"])
-def test_losses_equal_their_equations(objective, alpha, device):
+def test_losses_equal_their_equations(objective, alpha, rec_target, device):
     """Against three encoder calls of their own and loops: the fused and the two-encoding form change nothing."""
-    method = pretraining(device, objective=objective, alpha=alpha)
+    method = pretraining(device, objective=objective, alpha=alpha, rec_target=rec_target)
     z, pos, batch, noise, B = batch_and_noise(device)
     losses = method(z, pos, batch, noise, B, shuffle=True)
+    target = noise if rec_target == "unit" else alpha * noise
 
     def mean_square(error):
         return np.square(error.detach().cpu().numpy()).mean()
@@ -55,7 +58,7 @@ def test_losses_equal_their_equations(objective, alpha, device):
             decoder = method.decoder
             x = decoder.combine(torch.cat([x_rec, g[batch]], dim=1))
             x, vec = decoder.layers(x, vec_rec, decoder.graph(pos_rec, batch))
-            expected[name] = mean_square(decoder.head(x, vec) - alpha * noise)
+            expected[name] = mean_square(decoder.head(x, vec) - target)
         w_clean = 0 if objective == "rec_only" else 0.7
         expected["loss"] += w_clean * expected["loss_clean"] + 0.45 * expected["loss_rec"]
         assert abs(expected["loss_rec"] - expected["loss_rec_shuffled"]) > 1e-4  # g is used
