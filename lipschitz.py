@@ -202,7 +202,7 @@ def measure(encoder, molecules, index, config, device):
     encoder = encoder.double().eval().requires_grad_(False).to(device)
     parts = list(batches(molecules, index, config, device))
     h, size = embed(config.of, encoder, parts)
-    known = h[h.isfinite().all(1)]  # a molecule without an embedding does not hide how the others differ
+    known = h[h.isfinite().all(1)]  # one without does not hide how the others differ
     std = known.std(0) if len(known) > 1 else torch.zeros_like(h[0])
     std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # channels that vary count
     norms = [constants(encoder, part, std, config) for part in parts]
@@ -238,7 +238,7 @@ def mean_curve(found):
 
 
 def summarise(found):
-    """The figures of one encoder: of each kind of LLC median, p95, max, and the mean curve of Fig. 2."""
+    """Of one encoder: of each kind of LLC median, p95, max, and the mean curve of Fig. 2."""
     kinds = {"llc": list(found["llc"].values())[-1]}
     kinds |= {name: found[name] for name in ("llc_by_norm", "llc_standardised", "norm")}
     kinds |= {f"llc_{step}": values for step, values in found["llc"].items()}

@@ -1,4 +1,4 @@
-"""Are pooled embeddings good features? Linear regression of a csv's column, beside Morgan fingerprints.
+"""Are pooled embeddings good features? Linear regression on a csv, beside Morgan fingerprints.
 
     python -m tools.embed results/encoders/coord_s1.pt freesolv.csv out/features/coord_s1.npz     each encoder
     python -m studies.features freesolv.csv expt out/features/*.npz [out_dir=out/features]
@@ -62,7 +62,7 @@ def main(arguments):
         raise InputError("usage: python -m studies.features FILE.csv COLUMN embedding.npz ...", code=2)
     (path, column, *embeddings), out = words, Path(config.out_dir) / "features.json"
     check_new(out, make_folder=True)
-    with explain("name a csv with a column smiles, one of its columns, and files of tools.embed of it"):
+    with explain("name a csv with a column smiles, a column, and files of tools.embed"):
         loaded = {name: np.load(file) for name, file in zip(names_of(embeddings), embeddings, strict=True)}
         ids, y = (next(iter(loaded.values()))[key] for key in ("id", f"y/{column}"))
         if other := [name for name, arrays in loaded.items() if not np.array_equal(arrays["id"], ids)]:

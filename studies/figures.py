@@ -119,7 +119,7 @@ def draw(study, results):
 
 
 def use_of_g(val):
-    """By how much another molecule's g raises the loss that g is for, in percent; None without g."""
+    """By how much another molecule's g raises the loss that g is for, in %; None without g."""
     loss = "loss_rec" if "loss_rec" in val else "loss_noise"
     other = val.get(f"{loss}_shuffled")
     return None if other is None else 100 * (other / val[loss] - 1)
@@ -130,7 +130,7 @@ LOSSES["use of g, %"] = lambda run: use_of_g(run["val"])
 
 
 def errors_rows(results):
-    """{error: {what fine-tuning, <task>_<start>_s<seed>, starts from: test error for each seed}}."""
+    """{error: {start of the runs <task>_<start>_s<seed>: test error for each seed}}."""
     rows = {}
     for run in results:
         name = run["run"].rpartition("_s")[0]
@@ -176,7 +176,7 @@ def medians(result, reading, noise=0):
 
 
 def readings_rows(results):
-    """{arm: {reading of the encoder's output: LLC for each seed}}, untrained networks among the arms."""
+    """{arm: {reading of the output: LLC for each seed}}, untrained networks among the arms."""
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]

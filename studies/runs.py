@@ -67,7 +67,7 @@ FAMILY = {
     "frad": pretrain("objective=frad", "data=data/qm9_rotors.h5"),
     "scd": pretrain("objective=scd", ADAPTIVE),
     "scd_no_g": pretrain("objective=scd", ADAPTIVE, "mask_probability=1"),  # the mask token always
-    "coord_adaptive": pretrain("objective=coord", ADAPTIVE),  # SCD's network, Coord's single encoding
+    "coord_adaptive": pretrain("objective=coord", ADAPTIVE),  # SCD's network alone
     "coord_painn": pretrain("objective=coord", PAINN),
     "georecon_painn": pretrain("objective=georecon", PAINN),
 }
