@@ -100,7 +100,7 @@ class FinetuneConfig:
 
     inference_batch_size: int = setting(128, low=1)
     num_workers: int = setting(0, low=0)
-    compile: bool = setting(False, probe=False)  # 1.8 times as fast on one CPU core, after minutes
+    compile: bool | None = setting(None, probe=False)  # auto: in a long run on a CPU with a compiler
     deterministic: bool = False
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)

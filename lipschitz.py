@@ -13,7 +13,6 @@ Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per mole
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from data import Molecules, choose, normal_of_each
 from formats.weights import read_encoder
 from harness.errors import InputError, cli, explain
-from harness.files import check_new, names_of, provenance, write_json, write_whole
+from harness.files import check_new, provenance, write_json, write_whole
 from harness.ranks import tune_cpu
 from harness.settings import read_arguments
 from model import ModelConfig, scatter_mean, scatter_sum, setting
@@ -220,6 +219,31 @@ def measure(encoder, molecules, index, config, device):
 # ---------------------------------------------------------------- table, files, figures
 
 
+def names_of(paths):
+    """Short names of checkpoints for a table: their paths without the parts that all share."""
+    if unnamed := [path for path in paths if not Path(path).name]:
+        raise InputError(f"'{unnamed[0]}' is no file: name a checkpoint, such as out/demo/encoder.pt", code=2)
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    names = [str(Path(*p)) for p in parts]
+    if len(set(names)) < len(names):
+        raise InputError("a checkpoint is named twice, or two cannot be told apart by their names", code=2)
+    return names
+
+
+def aligned(rows):
+    """{name: {column: number or None}} -> the lines of a table."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    width, widths = max(map(len, rows)) + 2, [max(10, len(column) + 2) for column in columns]
+    yield " " * width + "".join(f"{column:>{w}}" for column, w in zip(columns, widths, strict=True))
+    for name, row in rows.items():
+        cells = ["" if row.get(column) is None else f"{row[column]:.4g}" for column in columns]
+        yield f"{name:<{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+
+
 def quantiles(found):
     """Median, p95, max and the number that are not finite, of a list."""
     values = np.array(found)
@@ -247,16 +271,15 @@ def summarise(found):
 
 
 def table(results):
-    """Lines of the table, an encoder a row."""
-    steps, what = list(next(iter(results.values()))["llc"]), "LLC, 1/angstrom"
-    width = max(map(len, [what, *results])) + 2
-    head = "".join(f"{f'median {step}':>12}{f'p95 {step}':>10}" for step in steps)
-    yield f"{what:<{width}}{head}{'max':>10}{'LLC/|h|':>10}{'standard.':>10}{'not finite':>12}"
+    """Lines of the table, an encoder a row: the LLC in 1/angstrom, and medians that do not depend on the scale of h."""
+    rows = {}
     for name, found in results.items():
-        columns = [quantiles(found["llc"][step]) for step in steps]
-        cells = "".join(f"{c['median']:>12.4g}{c['p95']:>10.4g}" for c in columns)
-        free = "".join(f"{quantiles(found[key])['median']:>10.4g}" for key in ("llc_by_norm", "llc_standardised"))
-        yield f"{name:<{width}}{cells}{columns[-1]['max']:>10.4g}{free}{columns[-1]['not_finite']:>12}"
+        kinds = {step: quantiles(norms) for step, norms in found["llc"].items()}
+        row = rows[name] = {f"{kind} {step}": kinds[step][kind] for step in kinds for kind in ("median", "p95", "max")}
+        for key, title in (("llc_by_norm", "LLC/|h|"), ("llc_standardised", "standardised")):
+            row[title] = quantiles(found[key])["median"]
+        row["not finite"] = kinds[list(kinds)[-1]]["not_finite"]
+    return aligned(rows)
 
 
 def draw(results, folder, made_of):
@@ -294,7 +317,7 @@ def main(arguments):
     check_new(*(folder / f"lipschitz.{kind}" for kind in ("json", "png", "svg")), make_folder=True)
     tune_cpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made_by, began = provenance(device), time.perf_counter()
+    made_by = provenance(device)
     molecules = Molecules(config.data)
     index = choose(molecules, config.split, config.num_molecules, "num_molecules")
     encoders = {name: read_encoder(path, config.model, config.init_key)[0] for name, path in zip(names, paths)}
@@ -303,9 +326,9 @@ def main(arguments):
     print("\n".join(table(found)))
     result = {"summary": {name: summarise(one) for name, one in found.items()}, "checkpoints": found}
     result |= {"molecules": index.tolist(), "displacements": DISPLACEMENTS, "settings": asdict(config)}
-    write_json(folder / "lipschitz.json", result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
+    write_json(folder / "lipschitz.json", result | made_by)
     draw(found, folder, f"{config.data}, {len(index)} molecules, commit {made_by['commit']}")
-    print(f"{time.perf_counter() - began:.0f} s; wrote {folder / 'lipschitz.json'}")
+    print(f"wrote {folder / 'lipschitz.json'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """torch.compile: the layers of a network, or the gradient of a function by its first argument."""
 
+import os
+import shutil
+import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +20,14 @@ def check_compiler(device):
         cause = str(error).partition("\n")[0]
         remedy = "install a C++ compiler (on CUDA a C compiler), or set compile=false"
         raise InputError(f"compile = true: torch cannot compile here, {cause}: {remedy}") from None
+
+
+def settle(config, device, checkpoint):
+    """compile: auto is true in a long run on a CPU with a compiler. A resumed run stays as it was, for its bits."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch
+    pays = device.type == "cpu" and config.max_steps >= 3000 and not getattr(config, "freeze_encoder", False)
+    found = checkpoint["config"].get("compile") if checkpoint else pays and shutil.which(compiler)
+    return replace(config, compile=bool(found)) if config.compile is None else config
 
 
 def compile_layers(model, device):

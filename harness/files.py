@@ -80,21 +80,6 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def names_of(paths):
-    """Short names of checkpoints for a table: their paths without the parts that all share."""
-    if unnamed := [path for path in paths if not Path(path).name]:
-        raise InputError(f"'{unnamed[0]}' is no file: name a checkpoint, such as out/demo/encoder.pt", code=2)
-    parts = [Path(path).with_suffix("").parts for path in paths]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    names = [str(Path(*p)) for p in parts]
-    if len(set(names)) < len(names):
-        raise InputError("a checkpoint is named twice, or two cannot be told apart by their names", code=2)
-    return names
-
-
 def machine():
     """The processor's name on Linux, its kind on other systems."""
     try:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from harness.compiled import settle
 from harness.errors import InputError, explain
 from harness.files import provenance, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
@@ -25,7 +26,7 @@ def start(stage, kind, arguments):
     check_data(arguments[0], config.data)
     tune_cpu()
     with Run(config) as run:
-        stage(config, run)
+        stage(settle(config, run.device, run.checkpoint), run)
 
 
 class Run:
@@ -89,7 +90,7 @@ class Run:
         self.say = self.log.say
         for line in lines:
             self.say(line)
-        ranks = f"{self.world} x {name_of(self.device)}"
+        ranks = f"{self.world} x {name_of(self.device)}{', compiled' * config.compile}"
         self.say(f"{ranks}; {config.max_steps:,} steps of {config.batch_size} molecules")
         if not self.is_new:
             self.say(f"resumed {self.folder} at step {self.step}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from harness.errors import InputError, cli, explain, need
-from harness.files import check_new, names_of, provenance, write_json
+from harness.files import check_new, provenance, write_json
 from harness.settings import read_arguments
 from model import setting
 
@@ -50,8 +50,7 @@ def errors(x, y, splits):
 
 def table(result):
     """Lines of markdown, a feature a line: mean and standard deviation over the splits."""
-    yield "| features | number | RMSE |"
-    yield "|---|---|---|"
+    yield from ("| features | number | RMSE |", "|---|---|---|")
     for name, (number, found) in result["features"].items():
         yield f"| {name} | {number:,} | {statistics.mean(found):.2f} ± {statistics.stdev(found):.2f} |"
 
@@ -63,7 +62,7 @@ def main(arguments):
     (path, column, *embeddings), out = words, Path(config.out_dir) / "features.json"
     check_new(out, make_folder=True)
     with explain("name a csv with a column smiles, a column, and files of tools.embed"):
-        loaded = {name: np.load(file) for name, file in zip(names_of(embeddings), embeddings, strict=True)}
+        loaded = {Path(file).stem: np.load(file) for file in embeddings}
         ids, y = (next(iter(loaded.values()))[key] for key in ("id", f"y/{column}"))
         if other := [name for name, arrays in loaded.items() if not np.array_equal(arrays["id"], ids)]:
             raise InputError(f"{other[0]} is of other molecules than the first")

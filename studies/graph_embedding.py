@@ -9,7 +9,6 @@ Settings come after the checkpoints, key=value. Writes graph_embedding.json to o
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,10 +17,11 @@ import torch
 
 from data import Molecules, choose
 from harness.errors import InputError, cli, explain
-from harness.files import check_new, names_of, provenance, write_json
+from harness.files import check_new, provenance, write_json
 from harness.ranks import tune_cpu
 from harness.settings import build_config, read_arguments
 from harness.weights import read_torch, require
+from lipschitz import aligned, names_of
 from model import new_encoder, scatter_mean, setting
 from pretrain import PretrainConfig, Pretraining, validation_batches
 
@@ -33,8 +33,6 @@ class GraphEmbeddingConfig:
     data: str = "data/qm9_demo.h5"  # HDF5 file made by data.py
     split: str = ""  # a named split of the file; empty: all its molecules
     num_molecules: int = setting(2000, low=10)  # of them, at random
-    batch_size: int = setting(100, low=1)  # molecules at a time
-    seed: int = setting(0, low=0)  # of the choice of other molecules
     out_dir: str = "out/graph_embedding"
 
 
@@ -101,19 +99,6 @@ def use(method, config, starts, clean, sizes, formulas, rng):
     return figures | {"rise_mean": 100 * (blank.mean() / true.mean() - 1).item()}
 
 
-COLUMNS = {"rec_loss": "rec loss", "rise_same_size": "size, %", "rise_isomer": "isomer, %", "rise_mean": "mean, %"}
-
-
-def table(results):
-    """Lines of the table, a checkpoint a row."""
-    width = max(map(len, results)) + 1
-    yield " " * width + "".join(f"{heading:>10}" for heading in COLUMNS.values())
-    for label, figures in results.items():
-        values = [figures.get(name) for name in COLUMNS]
-        cells = [f"{'':>10}" if value is None else f"{value:>10.4f}" for value in values]
-        yield f"{label:<{width}}" + "".join(cells)
-
-
 def study(paths, config):
     """The figures of each checkpoint in paths."""
     names, methods = names_of(paths), [load_method(path) for path in paths]
@@ -122,13 +107,12 @@ def study(paths, config):
     molecules.check_elements(index, min(settings.model.max_z for _, settings in methods))
     counts = molecules.composition(index, max(settings.model.max_z for _, settings in methods))  # (M, max_z)
     sizes, formulas = counts.sum(1).tolist(), [tuple(row) for row in counts]
-    batches = validation_batches(molecules, index, config.batch_size)
+    batches = validation_batches(molecules, index, 100)
     results = {}
     for path, name, (method, settings) in zip(paths, names, methods, strict=True):
         with explain("the radius graph", ValueError):
             clean, starts = encode_all(method, settings, batches)
-        rng = np.random.default_rng(config.seed)
-        results[name] = use(method, settings, starts, clean, sizes, formulas, rng)
+        results[name] = use(method, settings, starts, clean, sizes, formulas, np.random.default_rng(0))
         if not all(math.isfinite(value) for value in results[name].values()):
             raise InputError(f"{path}: its figures are not finite: take an earlier step_<n>.pt")
     return results
@@ -141,12 +125,12 @@ def main(arguments):
     path = Path(config.out_dir) / "graph_embedding.json"
     check_new(path, make_folder=True)
     tune_cpu()
-    made_by, began = provenance(torch.device("cpu")), time.perf_counter()
+    made_by = provenance(torch.device("cpu"))
     results = study(paths, config)
-    print("\n".join(table(results)))
+    print("\n".join(aligned(results)))
     result = {"checkpoints": results, "settings": asdict(config)}
-    write_json(path, result | {"wall_s": round(time.perf_counter() - began, 1), **made_by})
-    print(f"{time.perf_counter() - began:.0f} s; wrote {path}")
+    write_json(path, result | made_by)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

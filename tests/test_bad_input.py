@@ -24,7 +24,7 @@ from formats.write import sample
 from harness.errors import InputError
 from harness.settings import load_config
 from studies import graph_embedding, ntk
-from tools import benchmark, calculator, predict
+from tools import benchmark, predict
 
 ROOT = Path(__file__).parent.parent
 SMALL = f"small={ROOT / 'data/qm9_demo.h5'}"
@@ -42,7 +42,6 @@ PROGRAMS = {
     "pretrain": pretrain.main,
     "finetune": finetune.main,
     "predict": predict.main,
-    "calculator": calculator.main,
     "lipschitz": lipschitz.main,
     "ntk": ntk.main,
     "benchmark": benchmark.main,
@@ -521,18 +520,11 @@ CASES = [
     ("benchmark", ["pretrain", "forces", SMALL, "md17" + SMALL.removeprefix("small")], 1, "no forces"),
     ("benchmark", ["small=missing.h5"], 1, "no such file"),
     ("benchmark", [SMALL, "md17=missing.h5", "forces"], 1, "no such file"),
-    ("finetune", ["e.yaml", "compile=maybe"], 2, "must be bool"),
+    ("finetune", ["e.yaml", "compile=maybe"], 2, "must be true, false or auto"),
     ("graph_embedding", ["run/encoder.pt", "data=ok.h5", "num_molecules=20"], 1, "no last.pt"),
-    ("graph_embedding", ["next_schema.pt", "data=ok.h5", "num_molecules=20"], 1, "schema is georecon/2"),
+    ("graph_embedding", ["next_schema.pt", "data=ok.h5", "num_molecules=20"], 1, "schema is 'georecon/2'"),
     ("graph_embedding", ["pickled.pt", "data=ok.h5", "num_molecules=20"], 1, "could run code"),
     ("graph_embedding", ["run/last.pt", "data=ok.h5", "num_molecules=5"], 2, "at least 10"),
-    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.pdf"], 2, "png or .svg"),
-    ("calculator", ["tune/best.pt", "x_strange.xyz", "/proc/new.png"], 1, "/proc"),
-    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=0"], 2, "ps = 0.0: must be at least 0.001"),
-    ("calculator", ["tune/best.pt", "x_strange.xyz", "new.png", "ps=x"], 2, "ps = 'x': must be float"),
-    ("calculator", ["tune/best.pt", "x_missing.xyz", "new.png"], 1, "x_missing.xyz"),
-    ("calculator", ["tune/best.pt", "x_empty.xyz", "new.png"], 1, "x_empty.xyz"),
-    ("calculator", ["gap/best.pt", "x_strange.xyz", "new.png"], 1, "not energies and forces"),
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from tiny_run import DEMO, ROOT, read_log, run, same_bits
 import pretrain
 from data import Molecules
 from finetune import FinetuneConfig
+from harness.compiled import settle
 from harness.errors import InputError
 from harness.settings import load_config, read_yaml
 from model import load_encoder
@@ -200,6 +201,27 @@ def test_compiling_needs_a_compiler(tiny, tmp_path, monkeypatch, found):
     with pytest.raises(InputError, match="torch cannot compile here"):
         pretrain.main([str(tiny), "compile=true"])
     assert not Path("out/tiny").exists()
+
+
+@pytest.mark.parametrize("steps, compiler, expected", [(3000, True, True), (3000, False, False), (20, True, False)])
+def test_a_long_run_compiles_where_there_is_a_compiler(tiny, tmp_path, monkeypatch, steps, compiler, expected):
+    """The choice stands in config.yaml, and a resumed run keeps it."""
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    if compiler:
+        (tmp_path / "compiler").write_text("#!/bin/sh\n")
+        (tmp_path / "compiler").chmod(0o755)
+    seen = []
+    monkeypatch.setattr(pretrain, "compile_layers", lambda model, device: seen.append(model))
+    for more in ([], ["compile=auto"]):
+        config = load_config(pretrain.PretrainConfig, [str(tiny), f"max_steps={steps}", *more])
+        assert settle(config, torch.device("cpu"), None).compile is expected
+        assert settle(config, torch.device("cuda"), None).compile is False  # not measured yet
+        for before in (True, False):
+            assert settle(config, torch.device("cpu"), {"config": {"compile": before}}).compile is before
+        assert settle(config, torch.device("cpu"), {"config": {}}).compile is False  # of an older version
+    assert settle(replace(config, compile=True), torch.device("cpu"), None).compile is True
+    pretrain.main([str(tiny), "max_steps=2"])
+    assert yaml.safe_load(Path("out/tiny/config.yaml").read_text())["compile"] is False and not seen
 
 
 def test_the_first_weights_may_be_kept(tiny):

@@ -63,14 +63,9 @@ def test_figures_that_are_not_finite_are_refused(runs, tmp_path):
 
 
 def test_bins_of_table_8_end_with_the_last_step():
-    lines = list(ntk.table({step: {"prediction": float(step)} for step in (0, 50, 100, 150, 300)}))
-    assert [line.split() for line in lines[1:]] == [
-        ["0-100", "75.0000"],
-        ["100-200", "150.0000"],
-        ["200-300", "300.0000"],
-    ]
-    lines = list(ntk.table(dict.fromkeys((0, 20), {"prediction": 1.0})))
-    assert [line.split()[0] for line in lines] == ["steps", "13-20"]
+    means = ntk.thirds({step: {"prediction": float(step)} for step in (0, 50, 100, 150, 300)})
+    assert means == {"0-100": {"prediction": 75}, "100-200": {"prediction": 150}, "200-300": {"prediction": 300}}
+    assert ntk.thirds(dict.fromkeys((0, 20), {"prediction": 1.0})) == {"13-20": {"prediction": 1}}
 
 
 def test_table_8(runs, tmp_path, capsys):

@@ -20,8 +20,9 @@ def test_panels_hold_what_is_logged(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plt, "close", drawn.append)  # to look at it
     out = tmp_path / "new/curves.png"
     curves.main([str(runs / "georecon"), str(runs / "coord"), f"out={out}"])
-    assert out.read_bytes().startswith(b"\x89PNG") and "georecon, coord" in capsys.readouterr().out
-    panels = {axis.get_title().removesuffix(" over steps"): axis for axis in drawn[0].axes}
+    assert out.read_bytes().startswith(b"\x89PNG") and f"{runs}/georecon, {runs}/coord" in capsys.readouterr().out
+    (figure,) = drawn
+    panels = {axis.get_title().removesuffix(" over steps"): axis for axis in figure.axes}
     logs = {
         run: [json.loads(line) for line in (runs / run / "log.jsonl").read_text().splitlines()]
         for run in ("georecon", "coord")
@@ -80,7 +81,8 @@ def test_what_it_cannot_draw_is_one_line(arguments, said, code):
 def test_tensorboard_reads_what_is_logged(runs, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     curves.main([str(runs / "coord"), "--tensorboard", f"out={tmp_path}/a.png"])
-    events = reader.EventAccumulator(str(tmp_path / "a/coord"))
+    (folder,) = (tmp_path / "a").iterdir()
+    events = reader.EventAccumulator(str(folder))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss/val")]
     assert found == [(step, pytest.approx(y)) for step, y in curves.read_log(runs / "coord")["loss"]["val"]]

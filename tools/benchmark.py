@@ -231,7 +231,7 @@ def main(arguments):
         raise InputError(f"no case {unknown[0]!r}: there are {', '.join(WORKLOADS)}", code=2)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = cuda: torch finds no GPU", code=2)
-    for path in filter(None, (config.small, config.larger, config.md17)):
+    for path in filter(None, (config.small, config.larger, {"forces", "md"} & {*chosen} and config.md17)):
         random_molecules(path, 50, torch.device("cpu"), forces=path == config.md17)
     check_new(config.out, make_folder=True)
     if config.device == "cpu":

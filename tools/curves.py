@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InputError, cli, explain, need
-from harness.files import check_file, names_of, write_whole
+from harness.files import check_file, write_whole
 from harness.settings import read_arguments
 
 STYLES = [(color, dashes) for dashes in ("-", "--", ":", "-.") for color in ("black", "0.6")]
-LINEAR = ("lr", "molecules_per_s")
 COLUMNS = 4  # panels in a row
 
 
@@ -56,7 +55,7 @@ def draw(logs, out):
                 marker = {"marker": "o", "ms": 3} if split == "val" else {"lw": 0.9}
                 axis.plot([step for step, _ in points], [y for _, y in points], ls=dashes, color=color, **marker)
         drawn = [y for line in axis.lines for y in line.get_ydata() if y == y]
-        if name not in LINEAR and min(drawn, default=0) > 0:
+        if name not in ("lr", "molecules_per_s") and min(drawn, default=0) > 0:
             axis.set(yscale="log")
             axis.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
             axis.yaxis.set_minor_formatter(plt.NullFormatter())
@@ -72,7 +71,7 @@ def write_events(logs, folder):
     """Event files for `tensorboard --logdir folder`, a folder a run."""
     events = need("torch.utils.tensorboard", "--tensorboard")
     for run, figures in logs.items():
-        with events.SummaryWriter(str(folder / run)) as writer:
+        with events.SummaryWriter(f"{folder}/{run.replace('/', '_')}") as writer:
             for name, splits in figures.items():
                 for split, points in splits.items():
                     for step, value in points:
@@ -86,8 +85,7 @@ def main(arguments):
     out = Path(config.out)
     if not folders or out.suffix not in (".png", ".svg"):
         raise InputError("usage: python -m tools.curves out/a [out/b ...] [out=NAME.png or .svg]", code=2)
-    names = names_of([f"{folder}/log" for folder in folders]) if len(folders) > 1 else [Path(folders[0]).resolve().name]
-    logs = {name: read_log(folder) for name, folder in zip(names, folders, strict=True)}
+    logs = {str(Path(folder)): read_log(folder) for folder in folders}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(logs, out)
     print(f"wrote {out}: {', '.join(logs)}")

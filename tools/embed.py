@@ -53,8 +53,7 @@ def main(arguments):
             np.savez(file, **arrays)
 
     write_whole(Path(out), write)
-    num, size = arrays["embedding"].shape
-    print(f"{out}: {num:,} molecules, {size} features; {', '.join(arrays)}")
+    print(f"{out}: {len(molecules):,} molecules; {', '.join(arrays)}")
 
 
 if __name__ == "__main__":
