@@ -90,7 +90,7 @@ class Run:
         self.say = self.log.say
         for line in lines:
             self.say(line)
-        ranks = f"{self.world} x {name_of(self.device)}{', compiled' * config.compile}"
+        ranks = f"{self.world} x {name_of(self.device)}{', compiled' * bool(config.compile)}"
         self.say(f"{ranks}; {config.max_steps:,} steps of {config.batch_size} molecules")
         if not self.is_new:
             self.say(f"resumed {self.folder} at step {self.step}")

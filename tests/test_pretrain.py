@@ -218,7 +218,7 @@ def test_a_long_run_compiles_where_there_is_a_compiler(tiny, tmp_path, monkeypat
         assert settle(config, torch.device("cuda"), None).compile is False  # not measured yet
         for before in (True, False):
             assert settle(config, torch.device("cpu"), {"config": {"compile": before}}).compile is before
-        assert settle(config, torch.device("cpu"), {"config": {}}).compile is False  # of an older version
+        assert settle(config, torch.device("cpu"), {"config": {}}).compile is None  # of an older version
     assert settle(replace(config, compile=True), torch.device("cpu"), None).compile is True
     pretrain.main([str(tiny), "max_steps=2"])
     assert yaml.safe_load(Path("out/tiny/config.yaml").read_text())["compile"] is False and not seen
