@@ -76,8 +76,7 @@ STARTS = {"untrained": STARTS["coord"], **STARTS} | {run: f"family/{run}" for ru
 STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("adaptive", "painn")}
 READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
 FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
-LONG = {"steps": 20000, "kept": (0, 1000, 3000, 8000, 20000)}
-LONG = {f"{o}_rms": pretrain(f"objective={o}", **LONG) for o in OBJECTIVES}
+LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
 HOT = "data=data/md17_aspirin.h5"
 # when is the graph embedding used: one factor at a time from the control's georecon_rms
