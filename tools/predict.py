@@ -55,9 +55,9 @@ def read_molecules(source):
     with readable(source):
         molecules = list(read(Path(source)))
     for mol in molecules:
-        cause = f"is {mol['skip']}" if "skip" in mol else flaw(mol["z"], mol["pos"], {})
-        if cause:
-            raise InputError(f"{source}: molecule {mol['id']} {'' if 'skip' in mol else 'has '}{cause}")
+        if cause := mol.get("skip") or flaw(mol["z"], mol["pos"], {}):
+            verb = "is" if "skip" in mol else "has"
+            raise InputError(f"{source}: molecule {mol['id']} {verb} {cause}")
     if not molecules:
         raise InputError(f"{source}: no molecules inside")
     notes = Counter(note for mol in molecules for note in mol.get("notes", ()) if "not read" not in note)
@@ -68,9 +68,8 @@ def read_molecules(source):
 
 def predict(checkpoint, source, out):
     """Read the molecules of source, predict each, write them with what was predicted to out."""
-    purpose = "reading and writing xyz"
-    ase, ase_io = need("ase", purpose), need("ase.io", purpose)
-    single_point = need("ase.calculators.singlepoint", purpose)
+    ase, ase_io = need("ase", "writing xyz"), need("ase.io", "writing xyz")
+    single_point = need("ase.calculators.singlepoint", "writing xyz")
     model, about = load_property_model(checkpoint)
     check_new(out, kinds=(".xyz", ".extxyz"))
     if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
