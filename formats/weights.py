@@ -44,10 +44,9 @@ def load_representation(encoder, state_dict, init_key=""):
 
 
 def read_encoder(path, model, init_key=""):
-    """-> the encoder in a checkpoint, and how many tensors there are beside it.
-
-    encoder.pt, last.pt, step_<n>.pt of ours bring their ModelConfig; a TorchMD-NET or Coord state dict is of model.
-    """
+    """-> the encoder in a checkpoint, and how many tensors there are beside it; a foreign state dict is of model."""
+    if str(path).endswith(".safetensors"):  # torch would read it, but not what network it is of
+        raise InputError(f"{path}: convert it first: python -m tools.export {path} encoder.pt")
     content = read_torch(path, "name an encoder.pt of pretrain.py, or a state dict")
     held = content.get("state_dict", content)
     for name in [name for name, value in held.items() if isinstance(value, dict)]:  # {"model": state dict, ...}

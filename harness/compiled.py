@@ -24,11 +24,11 @@ def check_compiler(device):
 
 def settle(config, device, checkpoint):
     """compile: auto is true in a long run on a CPU with a compiler. A resumed run stays as it was, for its bits."""
+    if config.compile is not None or getattr(config, "freeze_encoder", False):  # a probe has nothing to compile
+        return config
     compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))  # as torch
-    found = device.type == "cpu" and config.max_steps >= 3000 and compiler is not None
-    found = checkpoint["config"].get("compile") if checkpoint else found
-    probe = getattr(config, "freeze_encoder", False)  # has nothing to compile
-    return config if probe or config.compile is not None else replace(config, compile=found)
+    pays = device.type == "cpu" and config.max_steps >= 3000 and compiler is not None
+    return replace(config, compile=checkpoint["config"].get("compile") if checkpoint else pays)
 
 
 def compile_layers(model, device):

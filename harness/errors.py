@@ -42,7 +42,7 @@ def need(module, purpose):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
+        package = (error.name or module).split(".")[0].replace("sklearn", "scikit-learn")
         raise InputError(f"{purpose} needs the package {package}: pip install {package}") from error
 
 

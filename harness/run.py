@@ -51,6 +51,9 @@ class Run:
             self.lock.close()
         if kind is None:
             leave_ranks()
+        if self.caught and kind and not issubclass(kind, InputError | SystemExit):  # Ctrl-C ends a compiler, too
+            said = f"stopped by {signal.Signals(self.caught[0]).name} in step {self.step + 1}: resume=true goes on"
+            raise InputError(said, code=128 + self.caught[0]) from None
 
     def parallel(self, model, **options):
         if not dist.is_initialized():
@@ -90,7 +93,7 @@ class Run:
         self.say = self.log.say
         for line in lines:
             self.say(line)
-        ranks = f"{self.world} x {name_of(self.device)}{', compiled' * bool(config.compile)}"
+        ranks = f"{self.world} x {name_of(self.device)}{', compiled in the first step' * bool(config.compile)}"
         self.say(f"{ranks}; {config.max_steps:,} steps of {config.batch_size} molecules")
         if not self.is_new:
             self.say(f"resumed {self.folder} at step {self.step}")

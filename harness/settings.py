@@ -12,8 +12,6 @@ import yaml
 
 from harness.errors import InputError
 
-AUTO = bool | None  # None: as the run finds best
-
 
 class StrictLoader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses a key given twice instead of taking the last."""
@@ -48,16 +46,16 @@ def read_yaml(path, may_have_base=True):
 
 def convert(value, kind, name):
     """A yaml or command line value as the type of its field; yaml reads 1e-4 as a string, so strings are parsed."""
-    needed = {tuple: "a list of int", AUTO: "true, false or auto"}.get(kind) or kind.__name__
+    needed = {tuple: "a list of int", bool | None: "true, false or auto"}.get(kind) or kind.__name__
     wrong = InputError(f"{name} = {reprlib.repr(value)}: must be {needed}", code=2)
     try:
         if kind is tuple:
             items = value.split(",") if isinstance(value, str) else value
             items = items if isinstance(items, (list, tuple)) else [items]
             return tuple(convert(item, int, name) for item in items if item != "")
-        if kind in (bool, AUTO):
-            auto = dict.fromkeys(["auto", "none"] * (kind == AUTO))
-            return {"true": True, "false": False, **auto}[str(value).lower()]
+        if kind in (bool, bool | None):  # None: as the run finds best
+            known = {"true": True, "false": False} | ({} if kind is bool else {"auto": None, "none": None})
+            return known[str(value).lower()]
         if kind is dict and isinstance(value, dict):
             return {str(key): convert(number, float, f"{name}.{key}") for key, number in value.items()}
         if isinstance(value, (bool, dict, list)) or value is None:

@@ -1,10 +1,10 @@
-"""Are pooled embeddings good features? Linear regression on a csv, beside Morgan fingerprints.
+"""Are pooled embeddings good features? Ridge regression on a csv, beside Morgan fingerprints.
 
-    python -m tools.embed results/encoders/coord_s1.pt freesolv.csv out/features/coord_s1.npz     each encoder
-    python -m studies.features freesolv.csv expt out/features/*.npz [out_dir=out/features]
+    python -m tools.embed results/encoders/coord_s1.pt my.csv out/features/coord.npz     each encoder
+    python -m studies.features my.csv COLUMN out/features/*.npz [splits=20] [out_dir=out/features]
 
-All see the same random splits of the molecules, 90 % to fit and 10 % to test. `composition` counts
-the elements. Writes features.json: of each its size, and the root mean square errors.
+All see the same random splits of the molecules, 90 % to fit and 10 % to test. Writes features.json: of
+each features their number, and the root mean square error of each split.
 """
 
 import csv
@@ -27,32 +27,36 @@ class FeaturesConfig:
     out_dir: str = "out/features"
 
 
-def of_smiles(path, ids):
-    """Morgan fingerprints with counts (M, 2048), and numbers of atoms of each element, of the rows ids."""
-    chem, prints = need("rdkit.Chem", "fingerprints"), need("rdkit.Chem.rdFingerprintGenerator", "fingerprints")
+def of_smiles(path, column, ids):
+    """Of the rows ids of a csv: the column's texts, and Morgan fingerprints with counts (M, 2048)."""
+    chem = need("rdkit.Chem", "fingerprints")
+    prints = need("rdkit.Chem.rdFingerprintGenerator", "fingerprints")
+    morgan = prints.GetMorganGenerator(radius=2, fpSize=2048)
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    molecules = [chem.AddHs(chem.MolFromSmiles(rows[row]["smiles"])) for row in ids]
-    morgan = prints.GetMorganGenerator(radius=2, fpSize=2048)
-    counts = np.array([np.bincount([a.GetAtomicNum() for a in m.GetAtoms()], minlength=100) for m in molecules])
-    bare = [morgan.GetCountFingerprintAsNumPy(chem.RemoveHs(m)) for m in molecules]
-    return {"composition": counts.astype(float), "Morgan fingerprint": np.array(bare, dtype=float)}
+    smiles = next(name for name in rows[0] if name.lower() == "smiles")
+    molecules = [chem.MolFromSmiles(rows[row][smiles]) for row in ids]
+    found = [morgan.GetCountFingerprintAsNumPy(mol) for mol in molecules]
+    return [rows[row][column] for row in ids], np.array(found, dtype=float)
 
 
 def errors(x, y, splits):
-    """Root mean square errors of ridge regressions on x (M, F), whose penalty cross-validation chooses: (splits,)."""
+    """Root mean square errors (splits,) on x (M, F); cross-validation chooses the penalty."""
     linear, select = need("sklearn.linear_model", "ridge"), need("sklearn.model_selection", "ridge")
     pipeline, scale = need("sklearn.pipeline", "ridge"), need("sklearn.preprocessing", "ridge")
-    model = pipeline.make_pipeline(scale.StandardScaler(), linear.RidgeCV(np.logspace(-2, 5, 15)))
+    ridge = linear.RidgeCV(np.logspace(-2, 5, 15))
+    model = pipeline.make_pipeline(scale.StandardScaler(), ridge)
     parts = select.ShuffleSplit(splits, test_size=0.1, random_state=1)
-    return (-select.cross_val_score(model, x, y, cv=parts, scoring="neg_root_mean_squared_error")).tolist()
+    found = select.cross_val_score(model, x, y, cv=parts, scoring="neg_root_mean_squared_error")
+    return (-found).tolist()
 
 
 def table(result):
-    """Lines of markdown, a feature a line: mean and standard deviation over the splits."""
+    """Lines of markdown, a row for each features: mean and standard deviation over the splits."""
     yield from ("| features | number | RMSE |", "|---|---|---|")
     for name, (number, found) in result["features"].items():
-        yield f"| {name} | {number:,} | {statistics.mean(found):.2f} ± {statistics.stdev(found):.2f} |"
+        spread = f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}"
+        yield f"| {name} | {number:,} | {spread} |"
 
 
 def main(arguments):
@@ -61,16 +65,18 @@ def main(arguments):
         raise InputError("usage: python -m studies.features FILE.csv COLUMN embedding.npz ...", code=2)
     (path, column, *embeddings), out = words, Path(config.out_dir) / "features.json"
     check_new(out, make_folder=True)
-    with explain("name a csv with a column smiles, a column, and files of tools.embed"):
+    with explain("name a csv with SMILES, a column of it, and files of tools.embed of it", Exception):
         loaded = {Path(file).stem: np.load(file) for file in embeddings}
-        ids, y = (next(iter(loaded.values()))[key] for key in ("id", f"y/{column}"))
-        if other := [name for name, arrays in loaded.items() if not np.array_equal(arrays["id"], ids)]:
-            raise InputError(f"{other[0]} is of other molecules than the first")
-        features = {"mean": np.zeros((len(y), 1)), **of_smiles(path, ids)}
+        first = next(iter(loaded.values()))
+        texts, morgan = of_smiles(path, column, first["id"])
+        known = np.flatnonzero(np.isfinite(y := first[f"y/{column}"]))
+        same = all(np.array_equal(arrays["id"], first["id"]) for arrays in loaded.values())
+        if len(loaded) < len(embeddings) or not same or any(float(texts[k]) != y[k] for k in known):
+            raise InputError("they are of other molecules, or two have one name")
+        features = {"mean": np.zeros((len(y), 1)), "Morgan fingerprint": morgan}
         features |= {name: arrays["embedding"].astype(float) for name, arrays in loaded.items()}
-    known = np.isfinite(y)
-    found = {name: (x.shape[1], errors(x[known], y[known], config.splits)) for name, x in features.items()}
-    result = {"file": Path(path).name, "column": column, "molecules": int(known.sum()), "features": found}
+        found = {name: (x.shape[1], errors(x[known], y[known], config.splits)) for name, x in features.items()}
+    result = {"file": Path(path).name, "column": column, "molecules": len(known), "features": found}
     print("\n".join(table(result)))
     write_json(out, result | provenance(torch.device("cpu")))
 

@@ -26,8 +26,7 @@ def finetune(config, steps, *more):
 
 # 1,000 frames in all; 10,000 labels of QM9, whose geometries the encoders saw
 FRAMES = {"aspirin": finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2000")}
-LABELS = finetune("qm9_gap", 1000, "batch_size=32", "train_split=val", "val_split=train", "val_size=1000")
-LABELS = {"gap": LABELS}
+LABELS = {"gap": finetune("qm9_gap", 1000, "batch_size=32", "train_split=val", "val_split=train", "val_size=1000")}
 
 
 def probe(target, *more):

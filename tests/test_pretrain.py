@@ -1,7 +1,9 @@
 """Stage 1: settings, the loop, resuming, ranks, bad input."""
 
 import json
+import os
 import re
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -201,6 +203,21 @@ def test_compiling_needs_a_compiler(tiny, tmp_path, monkeypatch, found):
     with pytest.raises(InputError, match="torch cannot compile here"):
         pretrain.main([str(tiny), "compile=true"])
     assert not Path("out/tiny").exists()
+
+
+def test_an_error_after_a_signal_is_one_line(tiny, monkeypatch):
+    """Ctrl-C reaches a compiler in the same terminal, whose failure is not the user's."""
+
+    def broken(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("CppCompileError")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "train_step", broken)
+        with pytest.raises(InputError, match="stopped by SIGINT in step 1: resume=true goes on") as caught:
+            pretrain.main([str(tiny)])
+    assert caught.value.code == 130
+    pretrain.main([str(tiny), "resume=true"])
 
 
 @pytest.mark.parametrize("steps, compiler, expected", [(3000, True, True), (3000, False, False), (20, True, False)])

@@ -55,7 +55,7 @@ def test_a_run_that_goes_on(runs, tmp_path):
     log.write_text(log.read_text() + '{"step": 4, "spl')
     assert curves.read_log(tmp_path / "coord") == whole
     log.write_text(log.read_text() + "\n")
-    with pytest.raises(InputError, match="log.jsonl is damaged"):
+    with pytest.raises(InputError, match="log.jsonl: line 4 is damaged"):
         curves.main([str(tmp_path / "coord"), f"out={tmp_path}/a.png"])
     log.write_text("")
     with pytest.raises(InputError, match="nothing is logged yet"):
@@ -63,11 +63,18 @@ def test_a_run_that_goes_on(runs, tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
+def test_a_name_may_hold_anything(runs, tmp_path):
+    shutil.copytree(runs / "coord", tmp_path / r"a $\foo$")
+    curves.main([str(tmp_path / r"a $\foo$"), f"out={tmp_path}/a.svg"])
+    assert r"$\foo$" in (tmp_path / "a.svg").read_text()
+
+
 @pytest.mark.parametrize(
     "arguments, said, code",
     [
         (["nowhere"], "nowhere/log.jsonl", 1),
         (["out=a.png"], "usage", 2),
+        (["nowhere", "--tensorbord"], "usage", 2),
         (["nowhere", "out=a.gif"], "usage", 2),
         (["nowhere", "colour=red"], "unknown key colour", 2),
     ],
@@ -80,9 +87,10 @@ def test_what_it_cannot_draw_is_one_line(arguments, said, code):
 
 def test_tensorboard_reads_what_is_logged(runs, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    curves.main([str(runs / "coord"), "--tensorboard", f"out={tmp_path}/a.png"])
-    (folder,) = (tmp_path / "a").iterdir()
-    events = reader.EventAccumulator(str(folder))
+    for _ in range(2):  # a later call shows each step once, too
+        curves.main([str(runs / "coord"), "--tensorboard", f"out={tmp_path}/a.png"])
+    file, _ = (tmp_path / "a").rglob("events*")
+    events = reader.EventAccumulator(str(file.parent))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss/val")]
     assert found == [(step, pytest.approx(y)) for step, y in curves.read_log(runs / "coord")["loss"]["val"]]

@@ -2,17 +2,15 @@
 
     python -m tools.benchmark                                 all cases: half an hour on a fast core
     python -m tools.benchmark encoder forces larger=FILE.h5   some, with larger molecules of yours
-    python -m tools.benchmark device=cuda
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
 pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2
-family     a step of each objective and backbone, uncompiled, 25 molecules as in App. J; frad if
-           `small` has rotors
+family     a step of each objective and backbone, 25 molecules as in App. J; frad needs rotors
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
 
-Times are medians of interleaved rounds, on one thread if not told, ratios medians of the rounds' ratios. The
-peer is torchmd-net 3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB with torch).
+Times are medians of interleaved rounds, ratios medians of the rounds' ratios. The peer is torchmd-net
+3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB with torch).
 """
 
 import copy

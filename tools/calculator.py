@@ -1,8 +1,4 @@
-"""An ASE calculator over a fine-tuned checkpoint: energy in eV, forces in eV/angstrom.
-
-from tools.calculator import GeoReconCalculator
-atoms.calc = GeoReconCalculator("out/demo_forces/best.pt")     for any dynamics or optimiser
-"""
+"""An ASE calculator over a fine-tuned checkpoint: eV and eV/angstrom, for any dynamics or optimiser."""
 
 import math
 

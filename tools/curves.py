@@ -24,11 +24,11 @@ class CurvesConfig:
 
 
 def read_log(folder):
-    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; a half written last line is left out."""
+    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; without a half written last line."""
     path, figures = Path(folder) / "log.jsonl", {}
     check_file(path, "name folders of runs, such as out/demo")
-    with explain(f"{path} is damaged"):
-        for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines(), 1):
+        with explain(f"{path}: line {number} is damaged, remove it"):
             record = json.loads(line)
             step, split = record.pop("step"), record.pop("split")
             for name, value in record.items():
@@ -42,6 +42,7 @@ def read_log(folder):
 def draw(logs, out):
     """{name of a run: its figures} -> a picture."""
     plt = need("matplotlib.pyplot", "drawing")
+    plt.rcParams["text.parse_math"] = False  # a $ in a name
     panels = list(dict.fromkeys(name for figures in logs.values() for name in figures))
     rows = -(-len(panels) // COLUMNS)
     size = {"figsize": (3 * COLUMNS, 2.3 * rows + 0.6), "layout": "constrained"}
@@ -54,43 +55,44 @@ def draw(logs, out):
             for split, points in figures.get(name, {}).items():
                 marker = {"marker": "o", "ms": 3} if split == "val" else {"lw": 0.9}
                 axis.plot([step for step, _ in points], [y for _, y in points], ls=dashes, color=color, **marker)
-        drawn = [y for line in axis.lines for y in line.get_ydata() if y == y]
-        if name not in ("lr", "molecules_per_s") and min(drawn, default=0) > 0:
+        drawn = [y for line in axis.lines for y in line.get_ydata() if y == y] or [0]
+        if name not in ("lr", "molecules_per_s") and max(drawn) > 10 * min(drawn) > 0:
             axis.set(yscale="log")
             axis.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
             axis.yaxis.set_minor_formatter(plt.NullFormatter())
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     lines = [plt.Line2D([], [], color=color, ls=dashes) for color, dashes in styles]
-    picture.legend(lines, logs, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    place = {"loc": "outside lower center", "title": "thin: training, circles: validation"}
+    picture.legend(lines, logs, ncols=4, frameon=False, fontsize=8, **place)
     write_whole(out, lambda path: picture.savefig(path, dpi=120, format=out.suffix[1:]))
     plt.close(picture)
 
 
-def write_events(logs, folder):
+def write_events(events, logs, folder):
     """Event files for `tensorboard --logdir folder`, a folder a run."""
-    events = need("torch.utils.tensorboard", "--tensorboard")
     for run, figures in logs.items():
-        with events.SummaryWriter(f"{folder}/{run.replace('/', '_')}") as writer:
+        with events.SummaryWriter(f"{folder}{Path(run).resolve()}", purge_step=0) as writer:
             for name, splits in figures.items():
                 for split, points in splits.items():
                     for step, value in points:
                         writer.add_scalar(f"{name}/{split}", value, step)
-    print(f"wrote {folder}: tensorboard --logdir {folder}")
+    print(f"wrote {folder}: tensorboard --logdir '{folder}'")
 
 
 def main(arguments):
     words = [word for word in arguments if word != "--tensorboard"]
     folders, config = read_arguments(CurvesConfig, words)
     out = Path(config.out)
-    if not folders or out.suffix not in (".png", ".svg"):
+    if not folders or out.suffix not in (".png", ".svg") or any(word.startswith("-") for word in words):
         raise InputError("usage: python -m tools.curves out/a [out/b ...] [out=NAME.png or .svg]", code=2)
     logs = {str(Path(folder)): read_log(folder) for folder in folders}
+    events = need("torch.utils.tensorboard", "--tensorboard") if len(words) < len(arguments) else None
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(logs, out)
     print(f"wrote {out}: {', '.join(logs)}")
-    if len(words) < len(arguments):
-        write_events(logs, out.with_suffix(""))
+    if events:
+        write_events(events, logs, out.with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m tools.embed out/my/best.pt IN.csv OUT.npz                        of a fine-tuned model
 
 OUT.npz holds `id` (M,), `embedding` (M, F), and `y/<name>` (M,) of each column or tag with numbers,
-NaN where it is empty. RDKit makes a conformer of each SMILES; a row without one is left out.
-results/README.md says what such features are worth.
+NaN where it is empty. RDKit makes a conformer of each SMILES; a row without one is left out. An element
+that the encoder never saw has a random vector. results/README.md says what such features are worth.
 """
 
 from pathlib import Path
@@ -28,7 +28,8 @@ def embed(encoder, molecules):
     for mol in molecules:
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         if z.max() >= encoder.config.max_z:
-            raise InputError(f"molecule {mol['id']} has element {z.max()}, the encoder none beyond its max_z")
+            known = f"the encoder's max_z is {encoder.config.max_z}"
+            raise InputError(f"molecule {mol['id']} has element {z.max()}, {known}")
         with explain(f"molecule {mol['id']}", ValueError):
             x = encoder(z, (pos - pos.mean(0)).float(), torch.zeros_like(z))[0]  # (n, F)
         found.append(x.double().mean(0))

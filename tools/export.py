@@ -29,7 +29,7 @@ def read(path):
     check_file(path, "name a file that this program wrote")
     with explain(f"{path} is no .safetensors of an encoder of ours", Exception):
         with safetensors.safe_open(path, framework="pt") as file:
-            about = file.metadata()
+            about = file.metadata() or {"schema": None}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
         if about["schema"] != "georecon/1":
             raise InputError(f"its schema is {about['schema']}, not georecon/1")
