@@ -65,7 +65,7 @@ FAMILY = {
     "rec_only": pretrain("objective=rec_only"),
     "frad": pretrain("objective=frad", "data=data/qm9_rotors.h5"),
     "scd": pretrain("objective=scd", ADAPTIVE),
-    "coord_adaptive": pretrain("objective=coord", ADAPTIVE),  # SCD without g: its network alone
+    "coord_adaptive": pretrain("objective=coord", ADAPTIVE),  # SCD with the mask token always, too
     "coord_painn": pretrain("objective=coord", PAINN),
     "georecon_painn": pretrain("objective=georecon", PAINN),
 }
@@ -73,9 +73,7 @@ STARTS = {"coord": "output_norm/coord_rms", "georecon": "output_norm/georecon_rm
 STARTS = {"untrained": STARTS["coord"], **STARTS} | {run: f"family/{run}" for run in FAMILY}
 STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("adaptive", "painn")}
 READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
-ONCE = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
-# the mask token always: in exact arithmetic coord_adaptive
-ONCE["scd_no_g"] = pretrain("objective=scd", ADAPTIVE, "mask_probability=1")
+FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
 HOT = "data=data/md17_aspirin.h5"
@@ -124,7 +122,7 @@ STUDIES = {
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
     "output_norm": seeds((1, 2, 3), OUTPUT),
     # the denoising family on equal footing; one run for longer: is g used more then?
-    "family": seeds((1, 2, 3), FAMILY) | seeds((1,), ONCE),
+    "family": seeds((1, 2, 3), FAMILY) | seeds((1,), FAMILY_LONG),
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control

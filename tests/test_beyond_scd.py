@@ -62,6 +62,21 @@ def test_losses_equal_their_equation(device):
     assert values[0] == values[1] and min(abs(np.diff(values[1:]))) > 1e-4  # g and the token are used
 
 
+def test_without_g_it_is_coord_on_its_network(device):
+    """Loss and gradients, if every molecule is masked. So the studies have one arm for both."""
+    scd = objective(device, mask_probability=1.0).train()
+    z, pos, batch, noise, B = batch_and_noise(device)
+    settings = SimpleNamespace(objective="coord", position_noise_scale=0.04, alpha=1.0, model=ADAPTIVE)
+    coord = pretrain.Pretraining(scd.encoder, settings).to(device, torch.float64)
+    coord.noise_head = scd.noise_head
+    weights = [*scd.encoder.parameters(), *scd.noise_head.parameters()]
+    with_g = scd(z, pos, batch, noise, B)["loss"]
+    alone = coord(z, pos, batch, noise[:, :3], B)["loss"]
+    assert with_g.item() == pytest.approx(alone.item(), rel=1e-12)
+    for p, q in zip(torch.autograd.grad(with_g, weights), torch.autograd.grad(alone, weights), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-14)
+
+
 def test_no_condition_is_the_mask_token(device):
     z, pos, batch = all_molecules(device)
     encoder = fill(AdaptiveTransformer(ADAPTIVE)).to(device, pos.dtype)
