@@ -19,6 +19,7 @@ from harness.errors import InputError, cli, explain, need
 from harness.files import check_new, provenance, write_json
 from harness.settings import read_arguments
 from model import setting
+from studies.figures import cell
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ def errors(x, y, splits):
 
 
 def table(result):
-    """Lines of markdown, a row for each features: mean and standard deviation over the splits."""
-    yield from ("| features | number | RMSE |", "|---|---|---|")
-    for name, (number, found) in result["features"].items():
-        spread = f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}"
-        yield f"| {name} | {number:,} | {spread} |"
+    """Lines of markdown, a row for each features <name>_s<seed>: of each seed the mean over the splits."""
+    rows = {}
+    for name, (_, found) in result["features"].items():
+        rows.setdefault(name.rpartition("_s")[0] or name, []).append(statistics.mean(found))
+    yield from ("| features | RMSE |", "|---|---|")
+    yield from (f"| {name} | {cell(values)} |" for name, values in rows.items())
 
 
 def main(arguments):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from harness.errors import InputError
-from studies import figures, reproduce, runs
+from studies import features, figures, reproduce, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,12 @@ PUBLISHED = {
 def test_published_tables_are_those_of_the_results(page, study):
     table = "\n".join(figures.table(study, reproduce.read_results(study)))
     assert f"<!-- {study} -->\n{table}\n\n" in (ROOT / "results" / page).read_text()
+
+
+@pytest.mark.parametrize("name", ["freesolv", "chnof"])
+def test_the_published_tables_of_features_are_those_of_the_results(name):
+    table = "\n".join(features.table(json.loads((ROOT / f"results/features/{name}.json").read_text())))
+    assert f"<!-- features/{name} -->\n{table}\n\n" in (ROOT / "results/README.md").read_text()
 
 
 def test_what_a_design_can_see():
