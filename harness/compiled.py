@@ -1,5 +1,6 @@
 """torch.compile: the layers of a network, or the gradient of a function by its first argument."""
 
+import logging
 import os
 import shutil
 import sys
@@ -8,18 +9,18 @@ from dataclasses import replace
 
 import torch
 
-from harness.errors import InputError, explain
+from harness.errors import InputError, explain, one_line
 
 
 def check_compiler(device):
     """Compile a tiny new function now. Otherwise a missing compiler would show only in the first step."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a CPU no CUDA is no news
     salt = time.time_ns() % 2**30
     try:
         torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds, by what is missing
-        cause = str(error).partition("\n")[0]
         remedy = "install a C++ compiler (on CUDA a C compiler), or set compile=false"
-        raise InputError(f"compile = true: torch cannot compile here, {cause}: {remedy}") from None
+        raise InputError(f"compile = true: torch cannot compile here, {one_line(error)}: {remedy}") from None
 
 
 def settle(config, device, checkpoint):
@@ -52,9 +53,8 @@ def compile_gradient(function, device, one_shape):
     if device.type == "cuda" and one_shape:
         # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth
         return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
-    # one kernel for all shapes, so that a resumed run has the bits of an unbroken one
     unfit = explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported)
-    return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1
+    return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1  # for all shapes, so for equal bits
 
 
 def fill_up(mask, multiple):
