@@ -77,7 +77,7 @@ def main(arguments):
             raise InputError("they are of other molecules, or two have one name")
         features = {"mean": np.zeros((len(y), 1)), "Morgan fingerprint": morgan}
         features |= {name: arrays["embedding"].astype(float) for name, arrays in loaded.items()}
-        found = {name: (x.shape[1], errors(x[known], y[known], config.splits)) for name, x in features.items()}
+        found = {k: (x.shape[1], errors(x[known], y[known], config.splits)) for k, x in features.items()}
     result = {"file": Path(path).name, "column": column, "molecules": len(known), "features": found}
     print("\n".join(table(result)))
     write_json(out, result | provenance(torch.device("cpu")))

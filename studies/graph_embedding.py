@@ -103,7 +103,7 @@ def study(paths, config):
     molecules = Molecules(config.data)
     index = choose(molecules, config.split, config.num_molecules, "num_molecules")
     molecules.check_elements(index, min(settings.model.max_z for _, settings in methods))
-    counts = molecules.composition(index, max(settings.model.max_z for _, settings in methods))  # (M, max_z)
+    counts = molecules.composition(index, max(c.model.max_z for _, c in methods))  # (M, max_z)
     formulas = [tuple(row) for row in counts]
     batches = validation_batches(molecules, index, 100)
     results = {}
