@@ -44,7 +44,7 @@ class Molecules:
         if not path:
             raise InputError("data is not set: name an HDF5 file made by data.py", code=2)
         self.path = str(path)
-        self._raw = self._file = self.inputs = None  # files are opened on first use, in each process
+        self._raw = self._file = self.inputs = None  # opened on first use, in each process
         check_file(path, "convert one with `python data.py SOURCE RAW OUT.h5`")
         self._state = file_state(self.path)
         self.ptr, self.units, self.splits, self.attrs, self.places = read_contents(self.path)
@@ -240,7 +240,7 @@ def main(argv):
     usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...] (SOURCE: {' '.join(SOURCES)}), "
     usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, rotors FILE.h5 [RAW] OUT.h5, molnet ...; see --help"
     end = next((k for k, word in enumerate(argv) if word.startswith("labels=")), len(argv))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     match argv:
         case ["info", path]:
             info(Molecules(path))

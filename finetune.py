@@ -75,7 +75,7 @@ class FinetuneConfig:
     reduce: str = setting("sum", choices=("sum", "mean"), probe=False)  # of the per-atom scalars
     references: str = setting("auto", choices=("auto", "none", "fit"))
     loss: str = setting("mse", choices=("mse", "l1"), probe=False)
-    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # which error chooses best.pt
+    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # which chooses best.pt
     energy_weight: float = setting(1.0, low=0)
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
@@ -100,7 +100,7 @@ class FinetuneConfig:
 
     inference_batch_size: int = setting(128, low=1)
     num_workers: int = setting(0, low=0)
-    compile: bool | None = setting(None, probe=False)  # auto: in a long run on a CPU with a compiler
+    compile: bool | None = setting(None, probe=False)  # auto: a long run on a CPU with a compiler
     deterministic: bool = False
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)

@@ -13,7 +13,7 @@ from harness.errors import InputError, explain, one_line
 
 
 def check_compiler(device):
-    """Compile a tiny new function now. Else a missing compiler would show only in the first step."""
+    """Compile a tiny new function. Else a missing compiler would show only in the first step."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no news
     salt = time.time_ns() % 2**30
     try:
@@ -54,7 +54,7 @@ def compile_gradient(function, device, one_shape):
         # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth
         return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
     unfit = explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported)
-    return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1  # equal bits in all shapes
+    return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1  # equal bits, all shapes
 
 
 def fill_up(mask, multiple):
