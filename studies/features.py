@@ -45,8 +45,7 @@ def errors(x, y, splits):
     """Root mean square errors (splits,) on x (M, F); cross-validation chooses the penalty."""
     linear, select = need("sklearn.linear_model", "ridge"), need("sklearn.model_selection", "ridge")
     pipeline, scale = need("sklearn.pipeline", "ridge"), need("sklearn.preprocessing", "ridge")
-    ridge = linear.RidgeCV(np.logspace(-2, 5, 15))
-    model = pipeline.make_pipeline(scale.StandardScaler(), ridge)
+    model = pipeline.make_pipeline(scale.StandardScaler(), linear.RidgeCV(np.logspace(-2, 5, 15)))
     parts = select.ShuffleSplit(splits, test_size=0.1, random_state=1)
     found = select.cross_val_score(model, x, y, cv=parts, scoring="neg_root_mean_squared_error")
     return (-found).tolist()

@@ -102,9 +102,9 @@ def study(paths, config):
     names, methods = names_of(paths), [load_method(path) for path in paths]
     molecules = Molecules(config.data)
     index = choose(molecules, config.split, config.num_molecules, "num_molecules")
-    molecules.check_elements(index, min(settings.model.max_z for _, settings in methods))
-    counts = molecules.composition(index, max(c.model.max_z for _, c in methods))  # (M, max_z)
-    formulas = [tuple(row) for row in counts]
+    max_z = min(settings.model.max_z for _, settings in methods)
+    molecules.check_elements(index, max_z)
+    formulas = [tuple(row) for row in molecules.composition(index, max_z)]
     batches = validation_batches(molecules, index, 100)
     results = {}
     for path, name, (method, settings) in zip(paths, names, methods, strict=True):

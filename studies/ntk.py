@@ -104,6 +104,8 @@ def compare(paths, config):
     z, pos, batch = arrays["z"], arrays["pos"].double(), arrays["batch"]
     rest = torch.from_numpy(molecules.label(target)[index])
     rest = rest - models[0].restore(torch.zeros(len(index)), z, batch)
+    if not rest.isfinite().all():
+        raise InputError(f"{molecules.path}: {target} is not finite everywhere: see data.py info")
     rows = dict(zip(steps, linearisation(models, z, pos, batch, rest / models[0].std), strict=True))
     for row, (*_, path) in zip(rows.values(), loaded, strict=True):
         if not all(map(math.isfinite, row.values())):

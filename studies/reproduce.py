@@ -83,7 +83,8 @@ def read_result(study, run):
         command = shlex.join([*STUDIES[study][run], f"out_dir=out/{study}/{run}"])
         if result["command"].removesuffix(" resume=true") != command:
             raise ValueError(f"it was made by another command, {result['command']}")
-        list(table(study, [result])), rows_drawn(study, [result])  # it has what these take of it
+        list(table(study, [result]))  # it has what this takes of it, and what is drawn
+        rows_drawn(study, [result])
     return result
 
 

@@ -28,8 +28,7 @@ def embed(encoder, molecules):
     for mol in molecules:
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         if z.max() >= encoder.config.max_z:
-            known = f"the encoder's max_z is {encoder.config.max_z}"
-            raise InputError(f"molecule {mol['id']} has element {z.max()}, {known}")
+            raise InputError(f"molecule {mol['id']} has element {z.max()}, max_z is {encoder.config.max_z}")
         with explain(f"molecule {mol['id']}", ValueError):
             x = encoder(z, (pos - pos.mean(0)).float(), torch.zeros_like(z))[0]  # (n, F)
         found.append(x.double().mean(0))

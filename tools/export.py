@@ -15,7 +15,7 @@ from formats.weights import read_encoder
 from harness.errors import InputError, cli, explain, need
 from harness.files import check_file, check_new, write_whole
 from harness.settings import build_config
-from harness.weights import require_finite, save_torch
+from harness.weights import require, require_finite, save_torch
 from model import ModelConfig, new_encoder, save_encoder
 
 TORCHMD = {"backbone": "et", "x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}
@@ -29,10 +29,9 @@ def read(path):
     check_file(path, "name a file that this program wrote")
     with explain(f"{path} is no .safetensors of an encoder of ours", Exception):
         with safetensors.safe_open(path, framework="pt") as file:
-            about = file.metadata() or {"schema": None}
+            about = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
-        if about["schema"] != "georecon/1":
-            raise InputError(f"its schema is {about['schema']}, not georecon/1")
+        require(about, {"schema": "georecon/1", "model": str}, "its metadata")
         require_finite(state_dict, "it")
         encoder = new_encoder(build_config(ModelConfig, json.loads(about["model"])))
         encoder.load_state_dict(state_dict)
