@@ -261,7 +261,9 @@ def read_smiles(path):
     header = next(table(path), [])
     if not header:
         raise InputError(f"{path}: no header, a first row of names")
-    columns = find_columns(path, "", header)[:3]
+    *columns, twice = find_columns(path, "", header)
+    for note in dict.fromkeys(twice):
+        print(f"  {note}")
     for mol in parallel(partial(conformers, num=1, seed=0), read_rows(path, *columns), chunk=16):
         if "skip" in mol:
             print(f"  left out: row {mol['id']}: {mol['skip']}")

@@ -76,6 +76,7 @@ def test_a_name_may_hold_anything(runs, tmp_path):
         (["out=a.png"], "usage", 2),
         (["nowhere", "--tensorbord"], "usage", 2),
         (["nowhere", "out=a.gif"], "usage", 2),
+        ([f"run{k}" for k in range(13)], "up to 12", 2),  # one could not tell their lines apart
         (["nowhere", "colour=red"], "unknown key colour", 2),
     ],
 )

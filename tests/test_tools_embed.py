@@ -36,6 +36,13 @@ def test_embeddings_of_a_csv(capsys):
     assert found["embedding"].dtype == np.float32 and np.isfinite(found["embedding"]).all()
 
 
+def test_a_column_that_stands_twice_is_said(capsys):
+    Path("in.csv").write_text("smiles,a,a\nCCO,1,2\nCCN,3,4\n")
+    embed.main([str(ENCODER), "in.csv", "out.npz"])
+    assert capsys.readouterr().out.count("column a stands 2 times: the first was read") == 1
+    assert np.load("out.npz")["y/a"].tolist() == [1, 3]
+
+
 def test_an_embedding_is_the_mean_of_x_and_does_not_turn(runs):
     """One molecule at a time equals a batch; frames of an xyz, turned and moved."""
     ase_io = pytest.importorskip("ase.io")

@@ -14,7 +14,7 @@ from harness.errors import InputError, cli, explain, need
 from harness.files import check_file, write_whole
 from harness.settings import read_arguments
 
-STYLES = [(color, dashes) for dashes in ("-", "--", ":", "-.") for color in ("black", "0.6")]
+STYLES = [(color, dashes) for dashes in ("-", "--", ":", "-.") for color in ("black", "0.45", "0.75")]
 COLUMNS = 4  # panels in a row
 
 
@@ -84,8 +84,9 @@ def main(arguments):
     words = [word for word in arguments if word != "--tensorboard"]
     folders, config = read_arguments(CurvesConfig, words)
     out = Path(config.out)
-    if not folders or out.suffix not in (".png", ".svg") or any(word.startswith("-") for word in words):
-        raise InputError("usage: python -m tools.curves out/a [out/b ...] [out=NAME.png or .svg]", code=2)
+    sound = 0 < len(folders) <= len(STYLES) and out.suffix in (".png", ".svg")
+    if not sound or any(word.startswith("-") for word in words):
+        raise InputError("usage: python -m tools.curves out/a [out/b ... up to 12] [out=NAME.png or .svg]", code=2)
     logs = {str(Path(folder)): read_log(folder) for folder in folders}
     events = need("torch.utils.tensorboard", "--tensorboard") if len(words) < len(arguments) else None
     out.parent.mkdir(parents=True, exist_ok=True)
