@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import l1_loss, mse_loss
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import Molecules, StepBatches, choose, epoch_order, split_indices, standard_normal
@@ -125,21 +126,6 @@ def learning_rate(step, config):
     cycle = (step // config.lr_cosine_length + 1).bit_length() - 1
     phase = (step - config.lr_cosine_length * (2**cycle - 1)) / (config.lr_cosine_length * 2**cycle)
     return config.lr_min + 0.5 * (config.lr - config.lr_min) * (1 + math.cos(math.pi * phase))
-
-
-def plateau_rate(lr, plateau, score, config):
-    """lr, or lr * lr_factor after more than lr_patience validations without a gain, as torch's ReduceLROnPlateau.
-    plateau {best, num_bad_epochs} is the state that validations hand on; it is changed in place.
-    """
-    if score < plateau["best"] * (1 - 1e-4):
-        plateau.update(best=score, num_bad_epochs=0)
-    else:
-        plateau["num_bad_epochs"] += 1
-    if plateau["num_bad_epochs"] <= config.lr_patience:
-        return lr
-    plateau["num_bad_epochs"] = 0
-    lower = max(lr * config.lr_factor, config.lr_min)
-    return lower if lr - lower > 1e-8 else lr
 
 
 # ---------------------------------------------------------------- data
@@ -518,10 +504,12 @@ def finetune(config, run):
     net = module if config.freeze_encoder else run.parallel(module, find_unused_parameters=model.kind == "extent")
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
+    plateau = ReduceLROnPlateau(optimizer, "min", config.lr_factor, config.lr_patience, min_lr=config.lr_min)
 
     state = {"best_val": None, "best_step": 0, "plateau": {"best": math.inf, "num_bad_epochs": 0}}
     state["init_sha256"] = sha256(config.init_from) if run.is_new and config.init_from else None
     run.restore(config, batches, state, LAST, state_dict=module, optimizer=optimizer, average=average)
+    plateau.load_state_dict(state["plateau"])
     if not run.is_new:
         check_best(run.folder / "best.pt", run.step, state, config.target)
     run.begin(
@@ -567,7 +555,8 @@ def finetune(config, run):
         if run.validating:
             found = validate()
             if config.lr_schedule == "plateau" and run.step > config.lr_warmup_steps:
-                group["lr"] = plateau_rate(lr, state["plateau"], found, config)
+                plateau.step(found)
+                state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         if run.saving:
             run.save()  # step_<n>.pt if it is to be kept, last.pt
 
