@@ -24,7 +24,7 @@ import torch
 
 from formats.schema import first_flaw, read_contents
 from harness.errors import InputError, cli, explain
-from harness.files import check_file, sha256
+from harness.files import check_file
 
 # ---------------------------------------------------------------- reading: one file, many processes, little memory
 
@@ -57,16 +57,14 @@ class Molecules:
     def __getstate__(self):
         return self.__dict__ | {"_raw": None, "_file": None}  # open files stay behind
 
-    def sha256(self):
-        return sha256(self.path)
-
     def split(self, name, label=""):
-        """Indices of a named split, or of all molecules if name is "", whose y/<label> is known."""
+        """Indices of a named split, or of all molecules if name is "", whose labels "a,b" are all known."""
         if name and name not in self.splits:
             has = ", ".join(self.splits) or "none"
             raise InputError(f"split = {name}: {self.path} has no such split, it has {has}", code=2)
         index = self.splits[name] if name else np.arange(len(self))
-        return index[~np.isnan(self.label(label)[index])] if f"y/{label}" in self.places else index
+        known = [self.label(one) for one in label.split(",") if f"y/{one}" in self.places]
+        return index[~np.isnan(known).any(0)[index]] if known else index
 
     @property
     def ids(self):

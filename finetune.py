@@ -12,6 +12,7 @@ with the training molecules alone: y' = (y - sum_i ref(z_i) - mean) / std in flo
 """
 
 import math
+import pkgutil
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
@@ -30,27 +31,17 @@ from harness.ranks import barrier, sum_over_ranks
 from harness.run import start
 from harness.settings import build_config
 from harness.weights import read_torch, require
-from model import (
-    ElectronicSpatialExtent,
-    EquivariantDipoleMoment,
-    EquivariantScalar,
-    EquivariantVectorOutput,
-    ModelConfig,
-    new_encoder,
-    radius_graph,
-    scatter_mean,
-    scatter_sum,
-    setting,
-)
+from model import EquivariantVectorOutput, ModelConfig, new_encoder, radius_graph, scatter_mean, scatter_sum, setting
 from pretrain import TRAIN, backward, num_parameters
 from pretrain import learning_rate as cosine_rate
 
 # ---------------------------------------------------------------- settings and targets
 
-HEADS = {"scalar": EquivariantScalar, "dipole": EquivariantDipoleMoment, "extent": ElectronicSpatialExtent}
+HEADS = {"scalar": "model:EquivariantScalar", "dipole": "model:EquivariantDipoleMoment"}
+HEADS |= {"extent": "model:ElectronicSpatialExtent", "pooler": "beyond.unimol:Pooler"}
 HEAD_OF = {"mu": "dipole", "r2": "extent"}  # all other targets: scalar, a sum over the atoms
 # targets that grow with the molecule get a reference for each element, orbital energies none (torchmd-net #64)
-WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy", "energy_forces"}
+WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class FinetuneConfig:
     """Every setting of this stage. Names are Table 13's where it has one; defaults are its QM9 column."""
 
     data: str = ""  # HDF5 file made by data.py
-    target: str = ""  # energy_forces, or a label of the file such as gap
+    target: str = ""  # energy_forces, or a label of the file such as gap, or several: homo,lumo
     train_split: str = ""  # named splits of the file; without them, random parts of all molecules
     val_split: str = ""
     test_split: str = ""  # several, separated by commas, are reported apart
@@ -113,7 +104,9 @@ class FinetuneConfig:
         for known in fields(self) if self.freeze_encoder else ():
             if not known.metadata.get("probe", True) and getattr(self, known.name) != known.default:
                 raise ValueError(f"freeze_encoder = true: a linear probe has no {known.name}, leave it out")
-        if self.freeze_encoder and self.target == "energy_forces":
+        if len(set(names := self.target.split(","))) < len(names):
+            raise ValueError(f"target = {self.target}: a name stands twice")
+        if self.freeze_encoder and (self.target == "energy_forces" or "," in self.target):
             raise ValueError("freeze_encoder = true: a linear probe predicts a label, name one as target")
         if self.freeze_encoder and self.lr_schedule == "plateau":
             raise ValueError("freeze_encoder = true: the schedule of a linear probe is cosine or cosine_warmup")
@@ -166,7 +159,7 @@ def head_of(config):
 
 
 class Labels:
-    """A label in the file's unit, and y' = (y - references - mean) / std; the three from the training molecules."""
+    """T labels in the file's units; y' = (y - references - mean) / std, the three from the training molecules."""
 
     def __init__(self, config, molecules, train, others, max_z):
         if not config.target:
@@ -175,46 +168,52 @@ class Labels:
         if self.forces and "forces" not in molecules.units:
             raise InputError(f"target = energy_forces, but {molecules.path} has no forces", code=2)
         self.name = "energy" if self.forces else config.target
-        self.raw = molecules.label(self.name)  # (M,)
+        self.names = self.name.split(",")
+        self.raw = np.stack([molecules.label(name) for name in self.names], axis=1)  # (M, T)
+        units = [molecules.units[name] for name in self.names]
+        # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
+        shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]
+        self.unit = ",".join(units)
+        self.shown = dict(zip(self.names, shown)) | {"targets": "mean", "forces": f"{self.unit}/angstrom"}
+        self.scale = np.array([1.0 if new == unit else 1000.0 for new, unit in zip(shown, units)])  # (T,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
-        if head_of(config) != "scalar" and (self.raw[train] < 0).any():
-            raise InputError(f"{self.name} is below 0, which head={head_of(config)} cannot be: set head=scalar", code=2)
+        if (head := head_of(config)) in HEAD_OF.values() and (len(self.names) > 1 or (self.raw[train] < 0).any()):
+            raise InputError(f"{self.name}: head={head} is for one target, never below 0: set head=scalar", code=2)
         self.molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,)
-        self.unit = molecules.units[self.name]
-        # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
-        self.shown, self.scale = ("meV", 1000.0) if self.unit == "eV" and not self.forces else (self.unit, 1.0)
         counts = molecules.composition(train, max_z, self.forces)  # (M, max_z)
         self.elements = np.flatnonzero(counts.sum(0)).tolist()
-        has_references = {"auto": config.target in WITH_REFERENCES, "none": False, "fit": True}[config.references]
-        fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z,)
-        self.references = fit if has_references else np.zeros(max_z)
-        rest = self.raw[train] - counts @ self.references  # (M,)
+        has_references = {"auto": {*self.names} <= WITH_REFERENCES, "none": False, "fit": True}[config.references]
+        fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
+        self.references = fit if has_references else np.zeros_like(fit)
+        rest = self.raw[train] - counts @ self.references  # (M, T)
         centred = config.target not in HEAD_OF  # not a length or a second moment, which are never negative
-        self.mean, self.std = (rest.mean(), rest.std()) if centred else (0.0, np.abs(rest).mean())
+        self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
-            self.std = max(self.std, 1e-3 * forces.square().mean().sqrt().item())
-        self.remark = "after fitted atom references" if has_references else "no atom references"
+            self.std = np.maximum(self.std, 1e-3 * forces.square().mean().sqrt().item())
+        scales = zip(self.mean, self.std, units)
+        self.remark = "; ".join(f"mean {mean:.6g}, scale {std:.4g} {unit}" for mean, std, unit in scales)
+        self.remark += f", {'after fitted' if has_references else 'no'} atom references"
         if has_references and np.linalg.matrix_rank(counts) < len(self.elements):
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
-        elif not has_references and np.var(self.raw[train] - counts @ fit) < 0.01 * np.var(self.raw[train]):
+        elif not has_references and (np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
             self.remark += "; it grows with the molecule: try references=fit"
         new = {n: molecules.composition(i, max_z, self.forces).any(0) & ~counts.any(0) for n, i in others.items()}
         if missing := " and ".join(f"{n} hold an element ({z.argmax()})" for n, z in new.items() if z.any()):
             raise InputError(f"{molecules.path}: {missing} that no training molecule has: take smaller parts")
-        if not self.std > 1e-12 * max(1.0, abs(self.mean)):
+        if not (self.std > 1e-12 * np.maximum(1.0, np.abs(self.mean))).all():
             raise InputError(f"{molecules.path}: {self.name} is the same for all {len(train)} training molecules")
 
     def standardised(self, part, index):
-        """y' of the molecules index (B,) -> float32 (B,); part as Molecules.read gives it."""
-        atoms = torch.from_numpy(self.references)[part["z"]]
-        rest = torch.from_numpy(self.raw[index]) - scatter_sum(atoms, part["batch"], len(index)) - self.mean
-        return (rest / self.std).float()
+        """y' of the molecules index (B,) -> float32 (B,) or (B, T); part of Molecules.read."""
+        atoms = scatter_sum(torch.from_numpy(self.references)[part["z"]], part["batch"], len(index))  # (B, T)
+        rest = self.raw[index] - atoms.numpy() - self.mean
+        return torch.from_numpy(rest / self.std).float().squeeze(1)
 
     def unit_of(self, error):
         """The unit of a figure such as forces_mae."""
-        unit = f"{self.unit}/angstrom" if error.startswith("forces") else self.shown
+        unit = self.shown[max((name for name in self.shown if error.startswith(f"{name}_")), key=len)]
         return f"{unit} per atom" if "per_atom" in error else unit
 
 
@@ -229,13 +228,12 @@ class PropertyModel(nn.Module):
         self.kind, self.reduce = head, reduce
         self.compiled, self.multiple = None, 1  # by compile_derivative
         self.encoder = encoder
-        self.head = HEADS[head](encoder.config.embedding_dimension)
-        self.register_buffer("references", torch.as_tensor(references, dtype=torch.float64))  # (max_z,)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float64))
+        self.head = pkgutil.resolve_name(HEADS[head])(encoder.config.embedding_dimension, *np.shape(mean))
+        for name, value in {"references": references, "mean": mean, "std": std}.items():  # (max_z,), (), ()
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
 
     def predict(self, pos, z, batch, num_molecules, edge_index=None):
-        """-> y' (B,)."""
+        """-> y' (B,), or (B, T) of several targets."""
         x, vec = self.encoder(z, pos, batch, edge_index)  # (N, F), (N, 3, F)
         if self.kind != "scalar":
             return self.head(x, vec, z, pos, batch, num_molecules)
@@ -328,11 +326,12 @@ def load_property_model(path, device="cpu"):
             raise ValueError(f"its reduce is {about['reduce']}, its elements are {about['elements']}")
         if not (about["name"] + about["unit"]).isprintable():
             raise ValueError("its name or unit is no word")
-        encoder = new_encoder(build_config(ModelConfig, content["model"]))
-        model = PropertyModel(encoder, about["head"], about["reduce"], references=[0.0] * encoder.config.max_z)
+        encoder, T = new_encoder(build_config(ModelConfig, content["model"])), about["name"].count(",") + 1
+        empty = (np.zeros((*size, T) if T > 1 else size) for size in ((encoder.config.max_z,), (), ()))
+        model = PropertyModel(encoder, about["head"], about["reduce"], *empty)
         model.load_state_dict(content["state_dict"])
-        if not model.std > 0:
-            raise ValueError(f"its std is {model.std.item()}")
+        if not (model.std > 0).all():
+            raise ValueError(f"its std is {model.std.tolist()}")
     return model.to(device).eval().requires_grad_(False), about
 
 
@@ -351,26 +350,30 @@ def check_best(path, step, state, target):
 def errors(model, molecules, index, labels, config, device, rank=0, world=1):
     """Mean absolute and root mean square errors over the molecules of index, by name, in the unit shown."""
     model.eval()
-    y, total = torch.zeros(len(index), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    raw, total = torch.from_numpy(labels.raw[index]), torch.zeros(3, dtype=torch.float64)  # (n, T)
+    y = torch.zeros_like(raw)
     mine = np.arange(rank, len(index), world)
     for place in np.array_split(mine, math.ceil(len(mine) / config.inference_batch_size)) if len(mine) else ():
         part = molecules.read(index[place], labels.forces)
         z, pos, batch = (part[name].to(device) for name in ("z", "pos", "batch"))
         with torch.no_grad(), explain("the radius graph", ValueError):
             predicted, f = model(z, pos, batch, len(place), labels.forces)
-            y[place] = model.restore(predicted, z, batch).cpu()
+            y[place] = model.restore(predicted, z, batch).view(len(place), -1).cpu()
         if labels.forces:
             error = f.double().cpu() * model.std.cpu() - part["forces"].double()  # (n, 3)
             total += torch.stack([error.abs().sum(), error.square().sum(), torch.tensor(error.numel())])
     model.train()
     y, (f_abs, f_sq, f_num) = sum_over_ranks(y.to(device)).cpu(), sum_over_ranks(total.to(device)).tolist()
     _, first, same = np.unique(labels.molecule[index], return_index=True, return_inverse=True)
-    error = (y - torch.from_numpy(labels.raw[index])) * labels.scale
+    error = (y - raw) * torch.from_numpy(labels.scale)
     error = scatter_mean(error, torch.from_numpy(same), len(first))  # that of the mean over a molecule's conformers
-    found = {f"{labels.name}_mae": error.abs().mean().item()}
-    found[f"{labels.name}_rmse"] = error.square().mean().sqrt().item()
+    found = {}
+    for name, one in zip(labels.names, error.T, strict=True):
+        found |= {f"{name}_mae": one.abs().mean().item(), f"{name}_rmse": one.square().mean().sqrt().item()}
+    for kind in ("mae", "rmse") if len(labels.names) > 1 else ():  # Table 11's QM8: the mean over its targets
+        found[f"targets_{kind}"] = sum(found[f"{name}_{kind}"] for name in labels.names) / len(labels.names)
     if labels.forces:
-        per_atom = (error.abs() / torch.from_numpy(np.diff(molecules.ptr)[index[first]])).mean().item()
+        per_atom = (error[:, 0].abs() / torch.from_numpy(np.diff(molecules.ptr)[index[first]])).mean().item()
         found |= {"energy_per_atom_mae": per_atom, "forces_mae": f_abs / f_num, "forces_rmse": (f_sq / f_num) ** 0.5}
     return found
 
@@ -380,7 +383,7 @@ def score(found, labels, config):
     if labels.forces:
         weights = {"energy": config.energy_weight, "forces": config.force_weight}
         return sum(weight * found[f"{name}_{config.metric}"] for name, weight in weights.items())
-    return found[f"{labels.name}_{config.metric}"]
+    return found.get(f"targets_{config.metric}", found.get(f"{labels.name}_{config.metric}"))
 
 
 # ---------------------------------------------------------------- linear probe
@@ -413,12 +416,12 @@ def probe(config, encoder, molecules, parts, labels, device, log):
     for name, index in parts.items():
         features[name] = pooled_features(encoder, molecules, index, config, device)
         atoms = molecules.composition(index, len(labels.references)) @ labels.references
-        y[name] = torch.from_numpy((labels.raw[index] - atoms - labels.mean) / labels.std)
+        y[name] = torch.from_numpy((labels.raw[index] - atoms - labels.mean) / labels.std)[:, 0]
     mean, std = features["train"].mean(0), features["train"].std(0).clamp(min=1e-8)
     features = {name: (value - mean) / std for name, value in features.items()}
 
     def mae(name, w, b):
-        return (features[name] @ w + b - y[name]).abs().mean().item() * labels.std * labels.scale
+        return (features[name] @ w + b - y[name]).abs().mean().item() * (labels.std * labels.scale).item()
 
     layer = nn.Linear(features["train"].shape[1], 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=config.lr, weight_decay=0.0)
@@ -459,7 +462,7 @@ def train_step(net, parts, step, labels, config, device, world):
     def share_of(part):
         first, num_atoms = part["first_atom"], len(part["z"])
         y = labels.standardised(part, part["index"].numpy())
-        forces = (part["forces"].double() / labels.std).float() if labels.forces else None
+        forces = (part["forces"].double() / labels.std[0]).float() if labels.forces else None
         arrays = part["z"], part["pos"], part["batch"], y, forces, noise[first : first + num_atoms]
         arrays = [array if array is None else array.to(device) for array in arrays]
         with explain("the radius graph", ValueError):
@@ -493,15 +496,20 @@ def finetune(config, run):
     molecules.check_elements(np.concatenate([*parts.values()]), encoder.config.max_z)
     labels = Labels(config, molecules, train, {"val": val} | tests, encoder.config.max_z)
     torch.manual_seed(config.seed)
-    model = PropertyModel(encoder, head_of(config), config.reduce, labels.references, labels.mean, labels.std)
+    constants = map(np.squeeze, (labels.references, labels.mean, labels.std))  # of one target without T
+    model = PropertyModel(encoder, head_of(config), config.reduce, *constants)
     module = Finetuning(model, config).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
     if config.compile and forces:
         model.compile_derivative(device, one_shape=len(set(np.diff(molecules.ptr))) == config.accumulate == 1)
     elif config.compile:
         compile_layers(module, device)
-    # the extent head takes no vectors; a probe trains neither encoder nor head
-    net = module if config.freeze_encoder else run.parallel(module, find_unused_parameters=model.kind == "extent")
+    # two heads take no vectors; a probe trains neither encoder nor head
+    net = (
+        module
+        if config.freeze_encoder
+        else run.parallel(module, find_unused_parameters=model.kind in ("extent", "pooler"))
+    )
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
     plateau = ReduceLROnPlateau(optimizer, "min", config.lr_factor, config.lr_patience, min_lr=config.lr_min)
@@ -514,7 +522,7 @@ def finetune(config, run):
         check_best(run.folder / "best.pt", run.step, state, config.target)
     run.begin(
         f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}",
-        f"labels: mean {labels.mean:.6g}, scale {labels.std:.4g} {labels.unit}, {labels.remark}",
+        f"labels: {labels.remark}",
         encoder_line,
         *([f"left out: {lost}: {config.target} unknown"] if lost else []),
         f"{num_parameters(module):,} parameters",

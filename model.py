@@ -451,7 +451,7 @@ def new_encoder(config):
 
 
 class GatedEquivariantBlock(nn.Module):
-    """x' = s, vec' = g * (W2 vec), [s, g] = MLP[x || |W1 vec|]: (N, F), (N, 3, F) -> (N, O), (N, 3, O).
+    """x' = s, vec' = g W2 vec, [s, g] = MLP[x || |W1 vec|]: (N, F), (N, 3, F) -> (N, O), (N, 3, O).
     arXiv:2102.03150 (PaiNN), Fig. 3, as in TorchMD-NET.
     """
 
@@ -469,12 +469,12 @@ class GatedEquivariantBlock(nn.Module):
 
 
 class EquivariantHead(nn.Module):
-    """Two gated blocks, F -> F / 2 -> 1: x (N, F), vec (N, 3, F) -> (N, 1), (N, 3, 1)."""
+    """Two gated blocks, F -> F / 2 -> O: x (N, F), vec (N, 3, F) -> (N, O), (N, 3, O)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, out_channels=1):
         super().__init__()
         first = GatedEquivariantBlock(channels, channels // 2, scalar_activation=True)
-        last = GatedEquivariantBlock(channels // 2, 1, scalar_activation=False)
+        last = GatedEquivariantBlock(channels // 2, out_channels, scalar_activation=False)
         self.output_network = nn.ModuleList([first, last])
 
     def blocks(self, x, vec):
@@ -484,10 +484,10 @@ class EquivariantHead(nn.Module):
 
 
 class EquivariantScalar(EquivariantHead):
-    """Per-atom scalar: x (N, F), vec (N, 3, F) -> (N,)."""
+    """Per-atom scalar: x (N, F), vec (N, 3, F) -> (N,), or (N, O) of several."""
 
-    def __init__(self, channels):
-        super().__init__(channels)
+    def __init__(self, channels, out_channels=1):
+        super().__init__(channels, out_channels)
         # Nothing uses the last block's vectors. Its weights stay for TorchMD-NET's files, without a gradient for DDP.
         self.output_network[-1].vec2_proj.requires_grad_(False)
 

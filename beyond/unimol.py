@@ -37,7 +37,7 @@ from model import Linear, safe_norm, scatter_mean, scatter_sum, take
 # ---------------------------------------------------------------- tokens
 
 PAD, CLS, SEP, UNK = range(4)
-ELEMENTS = (6, 7, 8, 16, 1, 17, 9, 35, 53, 14, 15, 5)  # C N O S H Cl F Br I Si P B, the tokens 4 to 15
+ELEMENTS = (6, 7, 8, 16, 1, 17, 9, 35, 53, 14, 15, 5)  # C N O S H Cl F Br I Si P B, tokens 4 to 15
 ELEMENTS += (11, 19, 13, 20, 50, 33, 80, 26, 30, 24, 34, 64, 79, 3)  # Na K Al Ca Sn As Hg Fe Zn Cr Se Gd Au Li
 FIRST = 4  # the token of ELEMENTS[0]
 MASK = FIRST + len(ELEMENTS)  # 30
@@ -261,6 +261,21 @@ class UniMol(nn.Module):
         x = take(self.invariant(code).flatten(0, 1), slot)  # (N, F)
         vec = take(code.weigh(self.weights(code)).flatten(0, 1), slot)  # (N, 3, H)
         return x, self.vec_proj(vec)
+
+
+class Pooler(nn.Module):
+    """Uni-Mol's property head, of any encoder: x (N, F) -> (B,), or (B, O) of several outputs.
+
+    y_b = W2 tanh(W1 mean_{i in b} x_i + b1) + b2.
+    DEVIATION: of the mean of x, since encoders give no CLS; and without dropout, as above.
+    """
+
+    def __init__(self, channels, out_channels=1):
+        super().__init__()
+        self.dense, self.out_proj = Dense(channels, channels), Dense(channels, out_channels)
+
+    def forward(self, x, vec, z, pos, batch, num_molecules):
+        return self.out_proj(self.dense(scatter_mean(x, batch, num_molecules)).tanh()).squeeze(-1)
 
 
 def load_public(module, state_dict):

@@ -195,7 +195,7 @@ def info(m, chunk=10_000):
     for key in ("source", "source_sha256", "command", "license", "attribution"):
         lines += [(key, line) for line in str(m.attrs.get(key, "not stated")).split("\n")]
     head = f"{'unit':17} {'mean':>15} {'std':>12} {'min':>15} {'max':>15}"
-    lines += [("sha256", m.sha256()), ("", ""), ("label", head if m.units else "none")]
+    lines += [("sha256", sha256(m.path)), ("", ""), ("label", head if m.units else "none")]
     for name, unit in m.units.items():
         if name == "forces":
             rms = np.sqrt(square / (3 * m.ptr[-1]))

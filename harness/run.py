@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from harness.compiled import settle
 from harness.errors import InputError, explain
-from harness.files import provenance, write_json
+from harness.files import provenance, sha256, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
 from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, leave_ranks, name_of, sum_over_ranks, tune_cpu
 from harness.settings import check_data, load_config
@@ -68,7 +68,7 @@ class Run:
         """
         self.config, self.source, self.state = config, source, state
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.data_sha256, self.wall_s = source.molecules.sha256(), 0.0
+        self.data_sha256, self.wall_s = sha256(source.molecules.path), 0.0
         if self.is_new:
             return
         last, found = self.folder / "last.pt", self.checkpoint

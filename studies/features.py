@@ -1,10 +1,10 @@
 """Are pooled embeddings good features? Ridge regression on a csv, beside Morgan fingerprints.
 
-    python -m tools.embed results/encoders/coord_s1.pt my.csv out/features/coord.npz     each encoder
+    python -m tools.embed results/encoders/coord_s1.pt my.csv out/features/coord.npz  # and others
     python -m studies.features my.csv COLUMN out/features/*.npz [splits=20] [out_dir=out/features]
 
-All see the same random splits of the molecules, 90 % to fit and 10 % to test. Writes features.json: of
-each features their number, and the root mean square error of each split.
+All see the same random splits of the molecules, 90 % to fit and 10 % to test. Writes features.json:
+of each features their number, and the root mean square error of each split.
 """
 
 import csv
@@ -29,7 +29,7 @@ class FeaturesConfig:
 
 
 def of_smiles(path, column, ids):
-    """Of the rows ids of a csv: the column's texts, and Morgan fingerprints with counts (M, 2048)."""
+    """Of the rows ids of a csv: the column's texts, and Morgan fingerprints, counts (M, 2048)."""
     chem = need("rdkit.Chem", "fingerprints")
     prints = need("rdkit.Chem.rdFingerprintGenerator", "fingerprints")
     morgan = prints.GetMorganGenerator(radius=2, fpSize=2048)

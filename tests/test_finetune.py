@@ -304,7 +304,7 @@ def labels_of(config, path=QM9, train=None):
 
 
 def standardisation(labels):
-    return [*labels.references, labels.mean, labels.std]
+    return [*labels.references.flat, *labels.mean, *labels.std]
 
 
 @pytest.mark.parametrize("target", ["U0", "gap", "mu", "energy_forces"])
@@ -335,12 +335,13 @@ def test_references_are_least_squares_and_labels_come_back(tmp_path):
     labels = labels_of(config)
     counts = np.stack([np.bincount(molecules.read([k])["z"], minlength=100) for k in train[:1500]])
     fitted = np.linalg.lstsq(counts.astype(float), molecules.label("U0")[train], rcond=None)[0]
-    assert labels.references == pytest.approx(fitted, rel=1e-6, abs=1e-6)
+    assert labels.references[:, 0] == pytest.approx(fitted, rel=1e-6, abs=1e-6)
     assert labels.elements == [1, 6, 7, 8, 9] and np.abs(labels.references[[0, 2, 10]]).max() < 1e-9
     index = np.arange(300)
     part = molecules.read(index)
     encoder = EquivariantTransformer(config.model)
-    model = PropertyModel(encoder, "scalar", "sum", labels.references, labels.mean, labels.std)
+    constants = map(np.squeeze, (labels.references, labels.mean, labels.std))
+    model = PropertyModel(encoder, "scalar", "sum", *constants)
     y = labels.standardised(part, index)
     assert y.dtype == torch.float32 and y.abs().max() < 20
     restored = model.restore(y, part["z"], part["batch"]).numpy()
@@ -353,8 +354,56 @@ def test_references_may_be_none():
     config, molecules = config_of(target="U0"), Molecules(QM9)
     train = split_data(config, molecules)[0]
     plain = labels_of(replace(config, references="none"))
-    assert not plain.references.any() and plain.mean == molecules.label("U0")[train].mean()
+    assert not plain.references.any() and plain.mean == pytest.approx(molecules.label("U0")[train].mean(), rel=1e-12)
     assert not labels_of(config_of(target="gap")).references.any()
+
+
+def test_several_labels_are_standardised_each_for_itself():
+    several = labels_of(config_of(target="U0,Cv"))
+    for place, target in enumerate(("U0", "Cv")):
+        alone = labels_of(config_of(target=target))
+        np.testing.assert_allclose(several.references[:, [place]], alone.references, rtol=1e-9, atol=1e-9)
+        assert several.std[place] == pytest.approx(alone.std[0], rel=1e-9)
+        part = Molecules(QM9).read(range(50))
+        y, one = several.standardised(part, np.arange(50)), alone.standardised(part, np.arange(50))
+        torch.testing.assert_close(y[:, place], one, rtol=1e-5, atol=1e-5)
+    assert several.unit_of("U0_mae") == "meV" and several.unit_of("Cv_rmse") == "cal/mol/K"
+    assert not labels_of(config_of(target="U0,gap")).references.any()  # for the gap they make no sense
+
+
+def test_a_molecule_counts_if_all_its_labels_are_known(tmp_path):
+    def forget(index):
+        def change(values):
+            values[index] = np.nan
+            return values
+
+        return change
+
+    one = changed_copy(tmp_path / "one.h5", "y/gap", forget([3, 5]))
+    both = Molecules(changed_copy(tmp_path / "both.h5", "y/mu", forget([5, 8]), one))
+    assert sorted({*range(2000)} - {*both.split("", "gap,mu")}) == [3, 5, 8]
+    assert sorted({*range(2000)} - {*both.split("", "mu")}) == [5, 8] and len(both.split("", "homo,lumo")) == 2000
+
+
+@pytest.mark.parametrize("head", ["scalar", "pooler"])
+def test_several_targets(tiny, head):
+    """Each has its error, as from best.pt by hand; their mean chooses best.pt."""
+    folder = start("gap", "target=homo,mu,lumo", f"head={head}", "max_steps=20")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    model, about = load_property_model(folder / "best.pt")
+    assert about["name"] == "homo,mu,lumo" and about["unit"] == "eV,D,eV" and about["head"] == head
+    molecules, config = Molecules(QM9), load_config(FinetuneConfig, [str(folder / "config.yaml")])
+    index = split_data(config, molecules)[2]["test"]
+    part = molecules.read(index)
+    y = model.restore(model(part["z"], part["pos"], part["batch"], 30)[0], part["z"], part["batch"]).numpy()
+    found = metrics["test"]["test"]
+    for place, (name, scale) in enumerate({"homo": 1000, "mu": 1, "lumo": 1000}.items()):
+        error = scale * np.abs(y[:, place] - molecules.label(name)[index]).mean()
+        assert found[f"{name}_mae"] == pytest.approx(error, rel=1e-4)
+    assert found["targets_mae"] == pytest.approx(np.mean([found[f"{n}_mae"] for n in ("homo", "mu", "lumo")]))
+    validated = [record["targets_mae"] for record in read_log(folder, "val")]
+    assert metrics["val"]["targets_mae"] == min(validated) and metrics["best_step"] == 5 * np.argmin(validated)
+    assert {name: metrics["units"][f"{name}_mae"] for name in ("homo", "mu")} == {"homo": "meV", "mu": "D"}
 
 
 def with_splits(path):
@@ -555,8 +604,9 @@ def test_a_head_that_is_never_negative_takes_no_negative_labels(tiny):
     raw = molecules.label("mu").copy()
     raw[3] = -1
     molecules.label = lambda name: raw
-    with pytest.raises(InputError, match="mu is below 0, which head=dipole cannot be: set head=scalar"):
-        Labels(config, molecules, *parts)
+    for target in ("mu", "gap,mu"):
+        with pytest.raises(InputError, match=f"{target}: head=dipole is for one target, never below 0"):
+            Labels(replace(config, target=target, head="dipole"), molecules, *parts)
     assert Labels(replace(config, head="scalar"), molecules, *parts).mean == 0
 
 
@@ -584,6 +634,7 @@ def test_ridge_is_least_squares_where_that_is_best():
 RESUMED = [
     ("gap", []),
     ("forces", ["ema_decay=0.9", "lr_schedule=plateau", "lr_patience=0", "lr_factor=0.5", "lr=1e-1", "clip_norm=1"]),
+    ("gap", ["target=homo,lumo", "head=pooler"]),
     ("gap", ["target=mu", "lr_schedule=cosine", "ema_decay=0.5", "accumulate=2", "keep_steps=7"]),
 ]
 
@@ -723,6 +774,7 @@ def test_ema_averages_the_weights(tiny):
 
 RANKS = [
     ("forces", ["position_noise_scale=0.05"]),
+    ("gap", ["target=gap,mu", "head=pooler"]),  # its head leaves the vectors without a gradient, too
     pytest.param("gap", ["target=r2"], marks=pytest.mark.slow),  # its head leaves the vectors without a gradient
 ]
 
@@ -758,7 +810,10 @@ BAD_SETTINGS = [
     ("gap", "accumulate=3", "batch_size", 2),
     ("gap", "ema_decay=1", "ema_decay = 1.0: must be below 1", 2),
     ("gap", "references=qm9", "one of auto, none, fit", 2),
-    ("gap", "head=vector", "one of auto, scalar, dipole, extent", 2),
+    ("gap", "head=vector", "one of auto, scalar, dipole, extent, pooler", 2),
+    ("gap", "target=gap,", "no label ''", 2),
+    ("gap", "target=gap,gap", "a name stands twice", 2),
+    ("gap", "target=gap,energy_forces", "no label 'energy_forces'", 2),
     ("gap", "lr_schedule=step", "one of cosine, cosine_warmup, plateau", 2),
     ("gap", "model.max_z=6", "model.max_z", None),
     ("gap", "model.max_num_neighbors=3", "max_num_neighbors", None),

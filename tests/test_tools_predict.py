@@ -82,6 +82,19 @@ def test_a_property_stands_beside_its_unit(runs):
     assert info["unit"] == "eV" and math.isfinite(info["gap"])
 
 
+def test_several_properties(runs):
+    finetune.main([str(runs / "gap.yaml"), "target=gap,mu", "max_steps=2", "out_dir=two"])
+    water = ase.Atoms("OHH", [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]], info={"mu": 1.8})
+    io.write("in.xyz", water, format="extxyz")
+    predict.main(["two/best.pt", "in.xyz", "out.xyz"])
+    found = io.read("out.xyz")
+    model, _ = load_property_model("two/best.pt")
+    z, pos = torch.from_numpy(found.numbers), torch.from_numpy(found.positions).float()
+    y = model.restore(model(z, pos, torch.zeros_like(z), 1)[0], z, torch.zeros_like(z))[0].tolist()
+    assert [found.info["gap"], found.info["mu"]] == pytest.approx(y, abs=1e-5)
+    assert found.info["unit"] == "eV,D" and found.info["given_mu"] == 1.8
+
+
 def test_what_it_cannot_predict_is_one_line(runs):
     best = runs / "forces/best.pt"
     content = torch.load(best, weights_only=True)

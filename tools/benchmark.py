@@ -50,7 +50,7 @@ class BenchmarkConfig:
 
 
 WHITEN = {"vec_norm_layer": "whiten", "vec_norm_out": "whiten"}
-PUBLISHED = {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}  # as TorchMD-NET
+PUBLISHED = {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}  # TorchMD-NET
 WIDE = ModelConfig(**PUBLISHED)
 FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
 

@@ -1,4 +1,4 @@
-"""An ASE calculator over a fine-tuned checkpoint: eV and eV/angstrom, for any dynamics or optimiser."""
+"""An ASE calculator over a fine-tuned checkpoint, in eV and eV/angstrom."""
 
 import math
 

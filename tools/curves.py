@@ -14,7 +14,7 @@ from harness.errors import InputError, cli, explain, need
 from harness.files import check_file, write_whole
 from harness.settings import read_arguments
 
-STYLES = [(color, dashes) for dashes in ("-", "--", ":", "-.") for color in ("black", "0.45", "0.75")]
+STYLES = [(color, dash) for dash in ("-", "--", ":", "-.") for color in ("black", "0.45", "0.75")]
 COLUMNS = 4  # panels in a row
 
 
@@ -24,7 +24,7 @@ class CurvesConfig:
 
 
 def read_log(folder):
-    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; without a half written last line."""
+    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; a half written last line is left."""
     path, figures = Path(folder) / "log.jsonl", {}
     check_file(path, "name folders of runs, such as out/demo")
     for number, line in enumerate(path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines(), 1):

@@ -4,8 +4,8 @@
     python -m tools.export coord.safetensors encoder.pt           and back
     python -m tools.export out/plain/encoder.pt plain.ckpt        a state dict of TorchMD-NET
 
-The first file is a checkpoint of ours or a .safetensors of this program. TorchMD-NET has none of our
-norms, so an encoder with them is refused; its state dict is {"representation_model.<name>": tensor}.
+The first file is a checkpoint of ours or a .safetensors of this program. TorchMD-NET has none of
+our norms, so an encoder with them is refused; its state dict has "representation_model.<name>".
 """
 
 import json

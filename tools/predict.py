@@ -1,7 +1,7 @@
 """What a fine-tuned model says of your molecules: energies and forces, or a property.
 
     python -m tools.predict out/demo_forces/best.pt IN.xyz OUT.xyz
-    python -m tools.predict best.pt IN.sdf OUT.xyz       also IN.csv with SMILES, in conformers by RDKit
+    python -m tools.predict best.pt IN.sdf OUT.xyz       also IN.csv with SMILES; RDKit embeds them
 
 OUT.xyz is extended xyz: energies in eV and forces in eV/angstrom, or the property beside its unit.
 From an SDF or a csv a molecule keeps its id, the row or the place, and `given_<property>`.
@@ -30,7 +30,7 @@ def predict_molecule(model, about, z, pos, edge_index=None):
     """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) or None.
 
     A model of energies and forces gives eV and eV/angstrom in float64, any other its property in
-    its unit. InputError: an element that the model was not trained on.
+    its unit, a list of several. InputError: an element that the model was not trained on.
     """
     if strange := set(z.tolist()) - set(about["elements"]):
         raise InputError(f"the model was trained on no molecule with element {min(strange)}")
@@ -38,7 +38,7 @@ def predict_molecule(model, about, z, pos, edge_index=None):
     centred = (pos - pos.mean(0)).to(next(model.parameters()).dtype)
     with explain("the radius graph", ValueError):
         y, f = model(z, centred, batch, 1, forces, edge_index)
-    value = model.restore(y, z, batch).item()
+    value = model.restore(y, z, batch)[0].tolist()
     if not forces:
         return value, None
     scale = IN_EV[about["unit"]]
@@ -46,7 +46,7 @@ def predict_molecule(model, about, z, pos, edge_index=None):
 
 
 def read_molecules(source):
-    """Molecules {id, z, pos, tags} of an xyz, an SDF or a csv of SMILES; refuses one that is none."""
+    """Molecules {id, z, pos, tags} of an xyz, an SDF or a csv of SMILES; refuses a broken one."""
     check_file(source, "give an extended xyz, an SDF or a csv")
     from beyond.molnet import read_smiles  # here, since nothing else of this file needs it
 
@@ -75,22 +75,26 @@ def predict(checkpoint, source, out):
     if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     molecules = read_molecules(source)
-    key = "predicted" if about["name"] in TAKEN or re.search(r"[^\w .()/-]", about["name"]) else about["name"]
+    keys = {name: name for name in about["name"].split(",")}
+    for place, name in enumerate(keys):
+        if name in TAKEN or re.search(r"[^\w .()/-]", name):
+            keys[name] = f"predicted{place or ''}"
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
-        known = {name: tag for name, tag in mol.get("tags", {}).items() if name == about["name"]}
+        known = {name: tag for name, tag in mol.get("tags", {}).items() if name in keys}
         atoms = mol.get("atoms") or ase.Atoms(mol["z"], mol["pos"], info={"id": mol["id"]} | known)
-        if about["name"] in atoms.info:
-            atoms.info[f"given_{key}"] = atoms.info.pop(about["name"])
+        for name in [name for name in keys if name in atoms.info]:
+            atoms.info[f"given_{keys[name]}"] = atoms.info.pop(name)
         for name, given in (atoms.calc.results if atoms.calc else {}).items():
             (atoms.arrays if np.ndim(given) == 2 else atoms.info)[f"given_{name}"] = given
         atoms.calc = None
         if forces is None:
-            atoms.info |= {key: value, "unit": about["unit"]}
+            values = value if len(keys) > 1 else [value]
+            atoms.info |= dict(zip(keys.values(), values, strict=True)) | {"unit": about["unit"]}
         else:
             atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
