@@ -350,8 +350,7 @@ def check_best(path, step, state, target):
 def errors(model, molecules, index, labels, config, device, rank=0, world=1):
     """Mean absolute and root mean square errors over the molecules of index, by name, in the unit shown."""
     model.eval()
-    raw, total = torch.from_numpy(labels.raw[index]), torch.zeros(3, dtype=torch.float64)  # (n, T)
-    y = torch.zeros_like(raw)
+    y, total = torch.zeros(len(index), len(labels.names)).double(), torch.zeros(3).double()  # (n, T), (3,)
     mine = np.arange(rank, len(index), world)
     for place in np.array_split(mine, math.ceil(len(mine) / config.inference_batch_size)) if len(mine) else ():
         part = molecules.read(index[place], labels.forces)
@@ -365,7 +364,7 @@ def errors(model, molecules, index, labels, config, device, rank=0, world=1):
     model.train()
     y, (f_abs, f_sq, f_num) = sum_over_ranks(y.to(device)).cpu(), sum_over_ranks(total.to(device)).tolist()
     _, first, same = np.unique(labels.molecule[index], return_index=True, return_inverse=True)
-    error = (y - raw) * torch.from_numpy(labels.scale)
+    error = (y - torch.from_numpy(labels.raw[index])) * torch.from_numpy(labels.scale)
     error = scatter_mean(error, torch.from_numpy(same), len(first))  # that of the mean over a molecule's conformers
     found = {}
     for name, one in zip(labels.names, error.T, strict=True):

@@ -348,6 +348,7 @@ def setting(default, **allowed):
 BACKBONES = {  # those of beyond/ are imported when a config asks for one
     "et": "model:EquivariantTransformer",
     "adaptive": "beyond.scd:AdaptiveTransformer",
+    "ungated": "beyond.scd:UngatedTransformer",
     "painn": "beyond.painn:PaiNN",
     "unimol": "beyond.unimol:UniMol",
 }

@@ -31,25 +31,28 @@ class AdaptiveNorm(nn.Module):
         h                  = tanh(a x0) (1 + scale) / a + shift
         gate               = tanh(b gate)                            dx <- gate * dx
 
-    a and b are learned numbers. DEVIATION: the public code cuts the gradient of x0 into the MLP.
-    Forces would then not be the derivative of the energy, so we keep it.
+    a and b are learned numbers. If not gated, the gate is 1, as a control.
+    DEVIATION: the public code cuts the gradient of x0 into the MLP. Forces would then not be the
+    derivative of the energy, so we keep it.
     """
 
     compiles = True
 
-    def __init__(self, channels):
+    def __init__(self, channels, gated=True):
         super().__init__()
         self.layernorm = nn.LayerNorm(channels)
-        first, last = Linear(2 * channels, channels), Linear(channels, 3 * channels)
+        first, last = Linear(2 * channels, channels), Linear(channels, (2 + gated) * channels)
         self.modulation = nn.Sequential(first, nn.SiLU(), nn.LayerNorm(channels), last)
         self.a = nn.Parameter(torch.full((1,), 0.2))
-        self.b = nn.Parameter(torch.full((1,), 0.2))
+        self.b = nn.Parameter(torch.full((1,), 0.2)) if gated else None
 
     def forward(self, x, condition):
         x = self.layernorm(x)
-        shift, scale, gate = self.modulation(torch.cat([condition, x], dim=1)).chunk(3, dim=1)  # (N, F) each
+        parts = self.modulation(torch.cat([condition, x], dim=1))  # (N, 3 F), or (N, 2 F)
+        shift, scale, *gate = parts.split(x.shape[1], dim=1)  # (N, F) each
         a = self.a.abs().clamp(min=1e-5)
-        return torch.tanh(a * x) * (1 + scale) / a + shift, torch.tanh(self.b * gate)
+        h = torch.tanh(a * x) * (1 + scale) / a + shift
+        return h, torch.tanh(self.b * gate[0]) if gate else torch.ones_like(h)
 
 
 class AdaptiveTransformer(EquivariantTransformer):
@@ -60,12 +63,14 @@ class AdaptiveTransformer(EquivariantTransformer):
     `model.vec_norm_layer` and `model.vec_norm_out`.
     """
 
+    gated = True
+
     def __init__(self, config):
         super().__init__(config)
         channels = config.embedding_dimension
         self.mask_token = nn.Parameter(torch.randn(channels))
         self.condition_norm = nn.LayerNorm(channels)
-        self.adaptive_norms = nn.ModuleList(AdaptiveNorm(channels) for _ in range(config.num_layers))
+        self.adaptive_norms = nn.ModuleList(AdaptiveNorm(channels, self.gated) for _ in self.attention_layers)
         for attention in self.attention_layers:
             attention.layernorm = nn.Identity()
 
@@ -91,6 +96,12 @@ class AdaptiveTransformer(EquivariantTransformer):
             x = self.x_norms[k](x + dx)
             vec = self.vec_norms[k](dvec if vec is None else vec + dvec)
         return self.out_norm(x), self.out_norm_vec(vec)
+
+
+class UngatedTransformer(AdaptiveTransformer):
+    """A control: is it the norm, or is it the gate?"""
+
+    gated = False
 
 
 def uniform(normal):

@@ -80,7 +80,3 @@ def sum_over_ranks(values):
 def barrier():
     if dist.is_initialized():
         dist.barrier()
-
-
-def name_of(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

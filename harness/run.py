@@ -15,7 +15,7 @@ from harness.compiled import settle
 from harness.errors import InputError, explain
 from harness.files import provenance, sha256, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
-from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, leave_ranks, name_of, sum_over_ranks, tune_cpu
+from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, leave_ranks, sum_over_ranks, tune_cpu
 from harness.settings import check_data, load_config
 from harness.weights import load_adam, require, require_finite, save_torch
 
@@ -93,7 +93,9 @@ class Run:
         self.say = self.log.say
         for line in lines:
             self.say(line)
-        ranks = f"{self.world} x {name_of(self.device)}{', compiled in the first step' * bool(config.compile)}"
+        on_cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_cuda else f"{torch.get_num_threads()} CPU threads"
+        ranks = f"{self.world} x {name}{', compiled in the first step' * bool(config.compile)}"
         self.say(f"{ranks}; {config.max_steps:,} steps of {config.batch_size} molecules")
         if not self.is_new:
             self.say(f"resumed {self.folder} at step {self.step}")

@@ -73,6 +73,11 @@ STARTS = {"coord": "output_norm/coord_rms", "georecon": "output_norm/georecon_rm
 STARTS = {"untrained": STARTS["coord"], **STARTS} | {run: f"family/{run}" for run in FAMILY}
 STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("adaptive", "painn")}
 READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
+NETWORKS = {  # SCD's network helps: is it the gate, or more parameters? Does it help GeoRecon?
+    "coord_ungated": pretrain("objective=coord", "model.backbone=ungated"),
+    "coord_wider": pretrain("objective=coord", "model.embedding_dimension=76"),
+    "georecon_adaptive": pretrain("objective=georecon", ADAPTIVE),
+}
 FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
@@ -110,11 +115,7 @@ def from_own_seed(tasks, encoders, numbers=(1, 2)):
 
 
 ALL_STARTS = {*STARTS, *THERMAL, *EQUAL}
-QM9_SMALL = ["pretrain.py", "configs/qm9_small.yaml"]
-ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
 STUDIES = {
-    # GeoRecon and Coord on equal footing: same molecules, steps, encoder, seeds
-    "qm9_small": seeds((1, 2), {"coord": [*QM9_SMALL, "objective=coord"], "georecon": QM9_SMALL}),
     # results/encoders/*.pt, which have not seen the splits val and test
     "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes on a large GPU
@@ -122,13 +123,15 @@ STUDIES = {
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
     "output_norm": seeds((1, 2, 3), OUTPUT),
     # the denoising family on equal footing; one run for longer: is g used more then?
-    "family": seeds((1, 2, 3), FAMILY) | seeds((1,), FAMILY_LONG),
+    "family": seeds((1, 2, 3), FAMILY | NETWORKS) | seeds((1,), FAMILY_LONG),
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1, 2), FACTORS),
-    "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
+    "precision": seeds(
+        (1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
+    ),  # what bfloat16 products cost, beside arms of the control
     "thermal": from_own_seed(FRAMES, THERMAL),  # does g help where used? Needs graph_embedding
     "finetune_equal": from_own_seed(FRAMES | LABELS, EQUAL),  # and elsewhere? Needs control, too
 }

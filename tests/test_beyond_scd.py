@@ -17,7 +17,7 @@ import lipschitz
 import pretrain
 from beyond.scd import AdaptiveTransformer, SelfConditioned, uniform
 from harness.errors import InputError
-from model import EquivariantTransformer, load_encoder, radius_graph
+from model import EquivariantTransformer, load_encoder, new_encoder, radius_graph
 
 SCD = ["objective=scd", "model.backbone=adaptive"]
 ADAPTIVE = small(backbone="adaptive")
@@ -83,6 +83,22 @@ def test_no_condition_is_the_mask_token(device):
     token = encoder.mask_token.expand(int(batch[-1]) + 1, -1)
     for plain, given in zip(encoder(z, pos, batch), encoder(z, pos, batch, graph_emb=token), strict=True):
         assert difference(plain, given.detach()) < 1e-12
+
+
+def test_ungated_is_the_network_with_gates_of_1(device):
+    z, pos, batch = all_molecules(device)
+    gated, F = fill(AdaptiveTransformer(ADAPTIVE)).to(device, pos.dtype), ADAPTIVE.embedding_dimension
+    with torch.no_grad():
+        for norm in gated.adaptive_norms:
+            norm.modulation[-1].weight[2 * F :] = 0
+            norm.modulation[-1].bias[2 * F :] = 1e9 * norm.b.sign()  # tanh(b * this) = 1
+    ungated = new_encoder(small(backbone="ungated")).to(device, pos.dtype)
+    shapes = {name: len(weights) for name, weights in ungated.state_dict().items()}
+    state = {name: weights for name, weights in gated.state_dict().items() if name in shapes}
+    assert len(gated.state_dict()) == len(shapes) + ADAPTIVE.num_layers  # the b of each layer
+    ungated.load_state_dict({name: weights[: shapes[name]] for name, weights in state.items()})
+    for a, b in zip(gated(z, pos, batch), ungated(z, pos, batch), strict=True):
+        assert difference(a, b.detach()) < 1e-12
 
 
 def test_the_mask_is_drawn_for_each_molecule(device):
@@ -196,10 +212,10 @@ def test_two_ranks_equal_one(tiny):
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (split, a["step"], name)
 
 
-@pytest.mark.parametrize("name", ["coord", "georecon"])
-def test_the_other_objectives_train_the_adaptive_network(tiny, name):
-    pretrain.main([str(tiny), f"objective={name}", "model.backbone=adaptive", "max_steps=3"])
-    assert isinstance(load_encoder("out/tiny/encoder.pt"), AdaptiveTransformer)
+@pytest.mark.parametrize("name, network", [("coord", "adaptive"), ("georecon", "adaptive"), ("coord", "ungated")])
+def test_the_other_objectives_train_the_adaptive_network(tiny, name, network):
+    pretrain.main([str(tiny), f"objective={name}", f"model.backbone={network}", "max_steps=3"])
+    assert load_encoder("out/tiny/encoder.pt").gated == (network == "adaptive")
 
 
 def test_later_stages_take_its_encoder(tiny, capsys):

@@ -76,9 +76,8 @@ def predict(checkpoint, source, out):
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     molecules = read_molecules(source)
     keys = {name: name for name in about["name"].split(",")}
-    for place, name in enumerate(keys):
-        if name in TAKEN or re.search(r"[^\w .()/-]", name):
-            keys[name] = f"predicted{place or ''}"
+    unfit = [name for name in keys if name in TAKEN or re.search(r"[^\w .()/-]", name)]
+    keys |= {name: f"predicted{place or ''}" for place, name in enumerate(unfit)}
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
