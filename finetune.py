@@ -37,8 +37,8 @@ from pretrain import learning_rate as cosine_rate
 
 # ---------------------------------------------------------------- settings and targets
 
-HEADS = {"scalar": "model:EquivariantScalar", "dipole": "model:EquivariantDipoleMoment"}
-HEADS |= {"extent": "model:ElectronicSpatialExtent", "pooler": "beyond.unimol:Pooler"}
+HEADS = {"scalar": "model:EquivariantScalar", "dipole": "beyond.heads:EquivariantDipoleMoment"}
+HEADS |= {"extent": "beyond.heads:ElectronicSpatialExtent", "pooler": "beyond.heads:Pooler"}
 HEAD_OF = {"mu": "dipole", "r2": "extent"}  # all other targets: scalar, a sum over the atoms
 # targets that grow with the molecule get a reference for each element, orbital energies none (torchmd-net #64)
 WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy"}

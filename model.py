@@ -7,7 +7,7 @@ GeoRecon (Yan, Li, Zhang) trains it, see pretrain.py. This file reads from leaf 
     3  attention             EquivariantMultiHeadAttention
     4  vector norms          RMSVectorNorm, WhitenVectorNorm
     5  encoder               ModelConfig, EquivariantTransformer, new_encoder
-    6  heads                 GatedEquivariantBlock, EquivariantScalar, EquivariantVectorOutput, dipole, extent
+    6  heads                 GatedEquivariantBlock, EquivariantScalar, EquivariantVectorOutput; see beyond/heads.py
     7  checkpoints           save_encoder, load_encoder
 
     N  atoms in the batch       z (N,) atomic numbers, pos (N, 3) in angstrom, batch (N,) molecule of each atom, sorted
@@ -501,46 +501,6 @@ class EquivariantVectorOutput(EquivariantHead):
 
     def forward(self, x, vec):
         return self.blocks(x, vec)[1].squeeze(-1)
-
-
-# standard atomic weights, u, by atomic number; 0 stands for no element
-STANDARD_WEIGHTS = """
-1 1.008 4.0026 6.94 9.01218 10.81 12.011 14.007 15.999 18.9984 20.1797 22.9898 24.305 26.9815 28.085 30.9738 32.06
-35.45 39.948 39.0983 40.078 44.9559 47.867 50.9415 51.9961 54.938 55.845 58.9332 58.6934 63.546 65.38 69.723 72.63
-74.9216 78.971 79.904 83.798 85.4678 87.62 88.9058 91.224 92.9064 95.95 97.9072 101.07 102.906 106.42 107.868 112.414
-114.818 118.71 121.76 127.6 126.904 131.293 132.905 137.327 138.905 140.116 140.908 144.242 144.913 150.36 151.964
-157.25 158.925 162.5 164.93 167.259 168.934 173.054 174.967 178.49 180.948 183.84 186.207 190.23 192.217 195.084
-196.967 200.592 204.38 207.2 208.98 208.982 209.987 222.018 223.02 226.025 227.028 232.038 231.036 238.029"""
-ATOMIC_MASSES = tuple(map(float, STANDARD_WEIGHTS.split()))
-
-
-def centred(z, pos, batch, num_molecules):
-    """Positions from the centre of mass of each molecule: (N,), (N, 3), (N,) -> (N, 3)."""
-    masses = pos.new_tensor(ATOMIC_MASSES)  # (93,)
-    mass = masses[z.clamp(max=len(masses) - 1)].unsqueeze(1)  # (N, 1); past uranium all weigh alike
-    centre = scatter_sum(mass * pos, batch, num_molecules) / scatter_sum(mass, batch, num_molecules)  # (B, 3)
-    return pos - take(centre, batch)
-
-
-class EquivariantDipoleMoment(EquivariantHead):
-    """|sum_i q_i (r_i - r_com) + mu_i|, q_i and mu_i from the gated blocks: -> (B,). For QM9's mu, as TorchMD-NET."""
-
-    def forward(self, x, vec, z, pos, batch, num_molecules):
-        charge, dipole = self.blocks(x, vec)  # (N, 1), (N, 3, 1)
-        moment = charge * centred(z, pos, batch, num_molecules) + dipole.squeeze(-1)  # (N, 3)
-        return safe_norm(scatter_sum(moment, batch, num_molecules), dim=1)
-
-
-class ElectronicSpatialExtent(nn.Module):
-    """sum_i x_i |r_i - r_com|^2, x_i from an MLP: -> (B,). For QM9's <R^2>, as TorchMD-NET."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.output_network = nn.Sequential(Linear(channels, channels // 2), nn.SiLU(), Linear(channels // 2, 1))
-
-    def forward(self, x, vec, z, pos, batch, num_molecules):
-        square = centred(z, pos, batch, num_molecules).square().sum(1)  # (N,)
-        return scatter_sum(self.output_network(x).squeeze(-1) * square, batch, num_molecules)
 
 
 # ---------------------------------------------------------------- 7  checkpoints

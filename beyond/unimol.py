@@ -263,21 +263,6 @@ class UniMol(nn.Module):
         return x, self.vec_proj(vec)
 
 
-class Pooler(nn.Module):
-    """Uni-Mol's property head, of any encoder: x (N, F) -> (B,), or (B, O) of several outputs.
-
-    y_b = W2 tanh(W1 mean_{i in b} x_i + b1) + b2.
-    DEVIATION: of the mean of x, since encoders give no CLS; and without dropout, as above.
-    """
-
-    def __init__(self, channels, out_channels=1):
-        super().__init__()
-        self.dense, self.out_proj = Dense(channels, channels), Dense(channels, out_channels)
-
-    def forward(self, x, vec, z, pos, batch, num_molecules):
-        return self.out_proj(self.dense(scatter_mean(x, batch, num_molecules)).tanh()).squeeze(-1)
-
-
 def load_public(module, state_dict):
     """Load the `model` of a public Uni-Mol checkpoint by name into a UniMol, or into objective unimol.
 

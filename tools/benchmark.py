@@ -55,6 +55,14 @@ WIDE = ModelConfig(**PUBLISHED)
 FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
 
 
+SIZE = "embedding_dimension num_layers num_rbf num_heads cutoff_upper max_z vector_cutoff"
+PEER = dict(model="equivariant-transformer", output_model="Scalar", prior_model=None, cutoff_lower=0.0)
+PEER |= dict(derivative=True, rbf_type="expnorm", trainable_rbf=False, activation="silu", aggr="add")
+PEER |= dict(attn_activation="silu", neighbor_embedding=True, distance_influence="both", precision=32)
+PEER |= dict(reduce_op="add", static_shapes=False, check_errors=True, box_vecs=None, spin=False)
+PEER |= dict(max_num_neighbors=128, atom_filter=-1, charge=False)
+
+
 def race(functions, rounds, device):
     """{name: function} -> {name: seconds of each round}, in turns; first calls do not count."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -78,17 +86,8 @@ def peer_of(model):
     with explain("torchmd-net cannot be imported, install it again or remove it", ImportError):
         from torchmdnet.models.model import create_model
 
-    c = model.encoder.config
-    peer = create_model(
-        dict(embedding_dimension=c.embedding_dimension, num_layers=c.num_layers, num_rbf=c.num_rbf)
-        | dict(num_heads=c.num_heads, cutoff_lower=0.0, cutoff_upper=c.cutoff_upper, max_z=c.max_z)
-        | dict(model="equivariant-transformer", output_model="Scalar", prior_model=None)
-        | dict(derivative=True, rbf_type="expnorm", trainable_rbf=False, activation="silu")
-        | dict(attn_activation="silu", neighbor_embedding=True, distance_influence="both")
-        | dict(vector_cutoff=False, precision=32, max_num_neighbors=128, aggr="add")
-        | dict(reduce_op="add", static_shapes=False, check_errors=True, box_vecs=None)
-        | dict(atom_filter=-1, charge=False, spin=False)
-    )
+    size = {name: getattr(model.encoder.config, name) for name in SIZE.split()}
+    peer = create_model(PEER | size)
     ours = {f"representation_model.{key}": w for key, w in model.encoder.state_dict().items()}
     ours |= {f"output_model.{key}": w for key, w in model.head.state_dict().items()}
     theirs = peer.state_dict()
