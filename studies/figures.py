@@ -15,8 +15,9 @@ def kind_of(study):
     run, (program, *_) = next(iter(runs.STUDIES[study].items()))
     if study in runs.SMOOTHNESS:
         return "arms" if study in runs.BESIDE else "smoothness"
-    kinds = {"output_norm": "readings"} | dict.fromkeys(("family", "family_finetune", "encoders"), "family")
-    return kinds.get(study, "errors" if program == "finetune.py" else "losses")
+    if study.startswith("family") or study == "encoders":
+        return "family"
+    return "readings" if study == "output_norm" else "errors" if program == "finetune.py" else "losses"
 
 
 def rows_for(study, results):
