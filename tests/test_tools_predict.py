@@ -118,6 +118,16 @@ def test_what_it_cannot_predict_is_one_line(runs):
     assert Path("out.xyz").read_text() == "of before" and not Path("new.xyz").exists()
 
 
+def test_a_molecule_with_an_untrained_element_is_left_out(runs, capsys):
+    places = [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]]
+    io.write("in.xyz", [ase.Atoms(symbols, places) for symbols in ("OHH", "SHH", "OHH")], format="extxyz")
+    predict.main([str(runs / "gap/best.pt"), "in.xyz", "out.xyz"])
+    assert (
+        "left out: in.xyz: molecule 1: the model was trained on no molecule with element 16" in capsys.readouterr().out
+    )
+    assert [atoms.symbols[0] for atoms in io.read("out.xyz", ":")] == ["O", "O"]
+
+
 def test_broken_geometries_are_refused(runs):
     for positions in ("0 0 nan", "0 0 0"):
         Path("in.xyz").write_text(f"2\n\nH 0 0 0\nH {positions}\n")
@@ -182,6 +192,13 @@ def test_molecules_from_smiles(runs, capsys):
     for atoms in found:
         assert atoms.info["gap"] == pytest.approx(of_geometry(best, atoms), abs=1e-5)
     assert [atoms.info.get("given_gap") for atoms in found] == [5.5, None, None]
+    Path("salt.csv").write_text(TABLE)
+    predict.main([str(best), "salt.csv", "salt.xyz"])
+    assert (
+        "left out: salt.csv: molecule 2: the model was trained on no molecule with element 11"
+        in capsys.readouterr().out
+    )
+    assert [atoms.info["id"] for atoms in io.read("salt.xyz", ":")] == [0, 3]
     with gzip.open("in.tsv.gz", "wt") as file:
         file.write("SMILES\tx\nCCO\t1\n")
     predict.main([str(best), "in.tsv.gz", "zipped.xyz"])
@@ -195,7 +212,6 @@ def test_tables_that_cannot_be_predicted_are_one_line(runs):
         ("name,formula\nethanol,C2H6O\n", "no column 'smiles'; there are: name, formula", 2),
         ("", "no header", None),
         ("SMILES\n[Pb]C\n", "element 82", None),
-        (TABLE, "element 11", None),
         ('SMILES,note\nCCO,"6 inch\nC,1\nCC,2\n', "in.csv", None),
         ('SMILES,note\nCCO,"6 inch\nC,1\nCC,"a"\n', "in.csv", None),
     ):

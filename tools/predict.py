@@ -81,6 +81,10 @@ def predict(checkpoint, source, out):
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
+        if strange := set(mol["z"].tolist()) - set(about["elements"]):
+            said = f"{where}: the model was trained on no molecule with element {min(strange)}"
+            print(f"  left out: {said}")
+            continue
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
@@ -97,6 +101,8 @@ def predict(checkpoint, source, out):
         else:
             atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
+    if not written:
+        raise InputError(said)
     write_whole(Path(out), lambda path: ase_io.write(str(path), written, format="extxyz"))
     kind = f"{about['name']} and forces" if about["target"] == "energy_forces" else about["name"]
     print(f"{out}: {kind} of {len(written)} molecules")
