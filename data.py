@@ -2,7 +2,7 @@
 
     python data.py SOURCE RAW [RAW ...] OUT.h5 ["labels=NAME:UNIT,..."]    SOURCE and its RAW: below
     python data.py info FILE.h5                       what to know of a file before training on it
-    python data.py sample FILE.h5 OUT.h5 num=2000 seed=1
+    python data.py sample FILE.h5 OUT.h5 num=2000 seed=1    join A.h5 B.h5 OUT.h5: one file to pretrain on
     python data.py rotors FILE.h5 [RAW] OUT.h5        the file with its rotatable bonds, for objective=frad
     python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..."    conformers of its SMILES: beyond/molnet.py
 
@@ -231,12 +231,12 @@ class StepBatches(torch.utils.data.Dataset):
 
 
 def main(argv):
-    from beyond import molnet, rotors  # training does not need them
+    from beyond import join, molnet, rotors  # training does not need them
     from formats.sources import SOURCES
     from formats.write import convert, info, sample
 
     usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...] (SOURCE: {' '.join(SOURCES)}), "
-    usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, rotors FILE.h5 [RAW] OUT.h5, molnet ...; see --help"
+    usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, join A.h5 B.h5 OUT.h5, rotors, molnet; see --help"
     end = next((k for k, word in enumerate(argv) if word.startswith("labels=")), len(argv))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     match argv:
@@ -244,6 +244,8 @@ def main(argv):
             info(Molecules(path))
         case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
             sample(Molecules(path), out, int(m[1]), int(m[2]))
+        case ["join", *paths, out] if len(paths) > 1:
+            join.join([Molecules(path) for path in paths], out)
         case ["rotors", path, *raw, out] if len(raw) < 2:
             rotors.add_rotors(path, out, *raw)
         case ["molnet", path, out, *keys]:
