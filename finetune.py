@@ -174,7 +174,8 @@ class Labels:
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
         shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]
         self.unit = ",".join(units)
-        self.shown = dict(zip(self.names, shown)) | {"targets": "mean", "forces": f"{self.unit}/angstrom"}
+        both = {"targets": shown[0] if len({*shown}) == 1 else "mean over units", "forces": f"{units[0]}/angstrom"}
+        self.shown = both | dict(zip(self.names, shown))
         self.scale = np.array([1.0 if new == unit else 1000.0 for new, unit in zip(shown, units)])  # (T,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
@@ -187,7 +188,7 @@ class Labels:
         fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
         self.references = fit if has_references else np.zeros_like(fit)
         rest = self.raw[train] - counts @ self.references  # (M, T)
-        centred = config.target not in HEAD_OF  # not a length or a second moment, which are never negative
+        centred = config.target not in HEAD_OF or config.head == "pooler"  # not a length or a second moment
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
@@ -197,8 +198,8 @@ class Labels:
         self.remark += f", {'after fitted' if has_references else 'no'} atom references"
         if has_references and np.linalg.matrix_rank(counts) < len(self.elements):
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
-        elif not has_references and (np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
-            self.remark += "; it grows with the molecule: try references=fit"
+        elif not has_references and (grow := np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
+            self.remark += f"; {', '.join(np.array(self.names)[grow])} grows with the molecule: try references=fit"
         new = {n: molecules.composition(i, max_z, self.forces).any(0) & ~counts.any(0) for n, i in others.items()}
         if missing := " and ".join(f"{n} hold an element ({z.argmax()})" for n, z in new.items() if z.any()):
             raise InputError(f"{molecules.path}: {missing} that no training molecule has: take smaller parts")
@@ -382,7 +383,10 @@ def score(found, labels, config):
     if labels.forces:
         weights = {"energy": config.energy_weight, "forces": config.force_weight}
         return sum(weight * found[f"{name}_{config.metric}"] for name, weight in weights.items())
-    return found.get(f"targets_{config.metric}", found.get(f"{labels.name}_{config.metric}"))
+    if len(labels.names) == 1:
+        return found[f"{labels.name}_{config.metric}"]
+    shares = zip(labels.names, labels.std * labels.scale, strict=True)  # of several the mean of errors / std
+    return sum(found[f"{name}_{config.metric}"] / std for name, std in shares) / len(labels.names)
 
 
 # ---------------------------------------------------------------- linear probe
@@ -523,7 +527,7 @@ def finetune(config, run):
         f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}",
         f"labels: {labels.remark}",
         encoder_line,
-        *([f"left out: {lost}: {config.target} unknown"] if lost else []),
+        *([f"left out: {lost}: {config.target.replace(',', ' or ')} unknown"] if lost else []),
         f"{num_parameters(module):,} parameters",
     )
     if config.freeze_encoder:

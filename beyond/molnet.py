@@ -250,7 +250,7 @@ def conformers(items, num, seed):
         for mol, note in good:
             notes = {note, "more than one part: a salt or a hydrate" if "." in smiles else ""}
             notes |= {"fewer conformers than asked for" if len(good) < num else ""}
-            found = {"id": key, "z": elements(mol), "pos": mol.GetConformer().GetPositions()}
+            found = {"id": key, "z": elements(mol), "pos": mol.GetConformer().GetPositions(), "smiles": smiles}
             molecules.append(found | {"tags": numbers(cells), "notes": notes - {""}})
     return molecules
 
@@ -264,11 +264,15 @@ def read_smiles(path):
     *columns, twice = find_columns(path, "", header)
     for note in dict.fromkeys(twice):
         print(f"  {note}")
+    empty = {name for place, name in enumerate(header) if place != columns[1]}
     for mol in parallel(partial(conformers, num=1, seed=0), read_rows(path, *columns), chunk=16):
+        empty -= mol["tags"].keys()
         if "skip" in mol:
             print(f"  left out: row {mol['id']}: {mol['skip']}")
         else:
             yield mol
+    if empty:
+        print(f"  columns without numbers: {', '.join(sorted(empty))}")
 
 
 # ---------------------------------------------------------------- the command

@@ -106,6 +106,7 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
 
 def save(out, molecules, attrs, units, splits_of=None):
     """write_h5 with a progress bar on a terminal, and a report of what was written and skipped."""
+    check_new(out, kinds=(".h5",))
     begun = time.perf_counter()
     try:
         stream = tqdm(molecules, unit=" molecules", disable=None)
@@ -146,8 +147,6 @@ def convert(source, raws, out, splits_of=None, labels=""):
 
 def sample(molecules, out, num, seed):
     """python data.py sample FILE.h5 OUT.h5 num=2000 seed=1: molecules drawn without replacement, in the file's order"""
-    out = Path(out)
-    check_new(out, kinds=(".h5",))
     if not 1 <= num <= len(molecules):
         raise InputError(f"num={num}: {molecules.path} has {len(molecules)} molecules", code=2)
     index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
@@ -165,9 +164,9 @@ def sample(molecules, out, num, seed):
             yield {"id": ids[m], "z": atoms["z"].numpy(), "pos": atoms["pos"].numpy(), "labels": labels, "split": split}
 
     attrs = molecules.attrs | {"name": f"{molecules.name}, {num} of {len(molecules)} molecules, seed {seed}"}
-    command = f"python data.py sample {Path(molecules.path).name} {out.name} num={num} seed={seed}"
+    command = f"python data.py sample {Path(molecules.path).name} {Path(out).name} num={num} seed={seed}"
     attrs["command"] = f"{molecules.attrs.get('command', '')}\n{command}".strip()
-    save(out, stream(), attrs, units)
+    save(Path(out), stream(), attrs, units)
 
 
 def info(m, chunk=10_000):

@@ -1,13 +1,12 @@
-"""Are pooled embeddings good features? Ridge regression on a csv, beside Morgan fingerprints.
+"""Are pooled embeddings good features? Ridge regression on a column of a csv, beside Morgan fingerprints.
 
     python -m tools.embed results/encoders/coord_s1.pt my.csv out/features/coord.npz  # and others
-    python -m studies.features my.csv COLUMN out/features/*.npz [splits=20] [out_dir=out/features]
+    python -m studies.features COLUMN out/features/*.npz [splits=20] [out_dir=out/features]
 
 All see the same random splits of the molecules, 90 % to fit and 10 % to test. Writes features.json:
 of each features their number, and the root mean square error of each split.
 """
 
-import csv
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from harness.errors import InputError, cli, explain, need
-from harness.files import check_new, provenance, write_json
+from harness.files import check_file, check_new, provenance, write_json
 from harness.settings import read_arguments
 from model import setting
 from studies.figures import cell
@@ -28,17 +27,23 @@ class FeaturesConfig:
     out_dir: str = "out/features"
 
 
-def of_smiles(path, column, ids):
-    """Of the rows ids of a csv: the column's texts, and Morgan fingerprints, counts (M, 2048)."""
+def fingerprints(smiles):
+    """Morgan fingerprints with counts: -> (M, 2048)."""
     chem = need("rdkit.Chem", "fingerprints")
-    prints = need("rdkit.Chem.rdFingerprintGenerator", "fingerprints")
-    morgan = prints.GetMorganGenerator(radius=2, fpSize=2048)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    smiles = next(name for name in rows[0] if name.lower() == "smiles")
-    molecules = [chem.MolFromSmiles(rows[row][smiles]) for row in ids]
-    found = [morgan.GetCountFingerprintAsNumPy(mol) for mol in molecules]
-    return [rows[row][column] for row in ids], np.array(found, dtype=float)
+    morgan = need("rdkit.Chem.rdFingerprintGenerator", "fingerprints").GetMorganGenerator(radius=2, fpSize=2048)
+    return np.array([morgan.GetCountFingerprintAsNumPy(chem.MolFromSmiles(text)) for text in smiles], dtype=float)
+
+
+def load(path, column):
+    """-> the arrays of a file of tools.embed that has SMILES and this column."""
+    check_file(path, "make it with python -m tools.embed")
+    with explain(f"{path} is no file of tools.embed", Exception):
+        arrays = dict(np.load(path))
+        if not np.isfinite(arrays["embedding"]).all():
+            raise InputError("its embeddings are not finite")
+    if not {"smiles", f"y/{column}"} <= arrays.keys():
+        raise InputError(f"{path} has no smiles, or no y/{column}: embed a csv; it has {', '.join(arrays)}")
+    return arrays
 
 
 def errors(x, y, splits):
@@ -62,25 +67,25 @@ def table(result):
 
 def main(arguments):
     words, config = read_arguments(FeaturesConfig, arguments)
-    if len(words) < 3:
-        raise InputError("usage: python -m studies.features FILE.csv COLUMN embedding.npz ...", code=2)
-    (path, column, *embeddings), out = words, Path(config.out_dir) / "features.json"
+    if len(words) < 2:
+        raise InputError("usage: python -m studies.features COLUMN embedding.npz ...", code=2)
+    (column, *paths), out = words, Path(config.out_dir) / "features.json"
     check_new(out, make_folder=True)
-    with explain("name a csv with SMILES, a column of it, and files of tools.embed of it", Exception):
-        loaded = {Path(file).stem: np.load(file) for file in embeddings}
-        first = next(iter(loaded.values()))
-        texts, morgan = of_smiles(path, column, first["id"])
-        known = np.flatnonzero(np.isfinite(y := first[f"y/{column}"]))
-        same = all(np.array_equal(arrays["id"], first["id"]) for arrays in loaded.values())
-        if len(loaded) < len(embeddings) or not same or any(float(texts[k]) != y[k] for k in known):
-            raise InputError("they are of other molecules, or two have one name")
-        features = {"mean": np.zeros((len(y), 1)), "Morgan fingerprint": morgan}
-        features |= {name: arrays["embedding"].astype(float) for name, arrays in loaded.items()}
-        found = {k: (x.shape[1], errors(x[known], y[known], config.splits)) for k, x in features.items()}
-    result = {"file": Path(path).name, "column": column, "molecules": len(known), "features": found}
+    loaded = {Path(path).stem: load(path, column) for path in paths}
+    first = next(iter(loaded.values()))
+    same = all(np.array_equal(arrays[key], first[key]) for arrays in loaded.values() for key in ("id", "smiles"))
+    if len(loaded) < len(paths) or not same:
+        raise InputError("two files have one name, or they are of other molecules: embed one csv by each encoder")
+    known = np.flatnonzero(np.isfinite(y := first[f"y/{column}"]))
+    features = {"mean": np.zeros((len(y), 1)), "Morgan fingerprint": fingerprints(first["smiles"])}
+    features |= {name: arrays["embedding"].astype(float) for name, arrays in loaded.items()}
+    if len(known) < 20:
+        raise InputError(f"{column} has {len(known)} numbers: 20 or more are needed")
+    found = {k: (x.shape[1], errors(x[known], y[known], config.splits)) for k, x in features.items()}
+    result = {"column": column, "molecules": len(known), "features": found}
     print("\n".join(table(result)))
     write_json(out, result | provenance(torch.device("cpu")))
 
 
 if __name__ == "__main__":
-    cli(main, __doc__, needed=3)
+    cli(main, __doc__, needed=2)

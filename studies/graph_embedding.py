@@ -3,9 +3,8 @@
     python -m studies.graph_embedding out/a/last.pt out/b/last.pt data=data/qm9_demo.h5
 
 prints the rec loss with the molecule's own g, and its rise with the g of an isomer (no atoms to
-count) and with the mean g (it tells nothing).
-
-Settings come after the checkpoints, key=value. Writes graph_embedding.json to out_dir.
+count) and with the mean g (it tells nothing). Settings come after the checkpoints, key=value.
+Writes graph_embedding.json to out_dir.
 """
 
 import math

@@ -374,7 +374,7 @@ def test_energies_without_forces_get_references_and_it_is_said(tmp_path, monkeyp
     fine_tune(data, "out_dir=out/fit")
     assert "eV, after fitted atom references" in capsys.readouterr().out
     fine_tune(data, "out_dir=out/none", "references=none")
-    assert "eV, no atom references; it grows with the molecule: try references=fit" in capsys.readouterr().out
+    assert "eV, no atom references; energy grows with the molecule: try references=fit" in capsys.readouterr().out
     fitted, plain = (
         json.loads(Path(f"out/{name}/metrics.json").read_text())["test"]["test"] for name in ("fit", "none")
     )

@@ -387,7 +387,7 @@ def test_a_molecule_counts_if_all_its_labels_are_known(tmp_path):
 
 @pytest.mark.parametrize("head", ["scalar", "pooler"])
 def test_several_targets(tiny, head):
-    """Each has its error, as from best.pt by hand; their mean chooses best.pt."""
+    """Each has its error, as from best.pt by hand; the mean of error / std chooses best.pt."""
     folder = start("gap", "target=homo,mu,lumo", f"head={head}", "max_steps=20")
     metrics = json.loads((folder / "metrics.json").read_text())
     model, about = load_property_model(folder / "best.pt")
@@ -401,9 +401,17 @@ def test_several_targets(tiny, head):
         error = scale * np.abs(y[:, place] - molecules.label(name)[index]).mean()
         assert found[f"{name}_mae"] == pytest.approx(error, rel=1e-4)
     assert found["targets_mae"] == pytest.approx(np.mean([found[f"{n}_mae"] for n in ("homo", "mu", "lumo")]))
-    validated = [record["targets_mae"] for record in read_log(folder, "val")]
-    assert metrics["val"]["targets_mae"] == min(validated) and metrics["best_step"] == 5 * np.argmin(validated)
-    assert {name: metrics["units"][f"{name}_mae"] for name in ("homo", "mu")} == {"homo": "meV", "mu": "D"}
+    std = dict(zip(("homo", "mu", "lumo"), (model.std * torch.tensor([1000.0, 1, 1000])).tolist(), strict=True))
+    validated = [sum(found[f"{name}_mae"] / std[name] for name in std) for found in read_log(folder, "val")]
+    assert metrics["best_step"] == 5 * np.argmin(validated) > 0
+    units = {name: metrics["units"][f"{name}_mae"] for name in ("homo", "mu", "targets")}
+    assert units == {"homo": "meV", "mu": "D", "targets": "mean over units"}
+    assert labels_of(replace(config, target="homo,lumo")).unit_of("targets_mae") == "meV"
+
+
+def test_the_pooler_takes_off_the_mean_of_a_length_too():
+    assert labels_of(config_of(target="mu")).mean == 0
+    assert labels_of(config_of(target="mu", head="pooler")).mean > 1
 
 
 def with_splits(path):

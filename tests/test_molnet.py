@@ -369,6 +369,6 @@ def test_conformers_of_a_molecule_are_not_drawn_apart(convert):
 
 
 def test_metric_chooses_the_error_that_chooses_the_weights():
-    found, labels = {"y_mae": 1.0, "y_rmse": 2.0}, SimpleNamespace(forces=False, name="y")
+    found, labels = {"y_mae": 1.0, "y_rmse": 2.0}, SimpleNamespace(forces=False, name="y", names=["y"])
     by = [finetune.score(found, labels, finetune.FinetuneConfig(**keys)) for keys in ({}, {"metric": "rmse"})]
     assert by == [1.0, 2.0]

@@ -22,7 +22,8 @@ def test_panels_hold_what_is_logged(runs, tmp_path, monkeypatch, capsys):
     curves.main([str(runs / "georecon"), str(runs / "coord"), f"out={out}"])
     assert out.read_bytes().startswith(b"\x89PNG") and f"{runs}/georecon, {runs}/coord" in capsys.readouterr().out
     (figure,) = drawn
-    panels = {axis.get_title().removesuffix(" over steps"): axis for axis in figure.axes}
+    titles = [axis.get_title().removesuffix(" over steps") for axis in figure.axes]
+    panels = dict(zip(titles, figure.axes, strict=True))
     logs = {
         run: [json.loads(line) for line in (runs / run / "log.jsonl").read_text().splitlines()]
         for run in ("georecon", "coord")
@@ -38,6 +39,21 @@ def test_panels_hold_what_is_logged(runs, tmp_path, monkeypatch, capsys):
     styles = {(line.get_color(), line.get_linestyle()) for line in panels["loss"].lines}
     assert len(styles) == 2  # told apart without colour
     plt.rcdefaults()
+
+
+def test_an_error_has_its_unit(runs, tmp_path, monkeypatch):
+    """That of the finished runs; they may differ."""
+    shutil.copytree(runs / "gap", tmp_path / "going_on")
+    (tmp_path / "going_on/metrics.json").unlink()
+    assert curves.units_of([runs / "gap", tmp_path / "going_on"])["gap_mae"] == ", meV"
+    shutil.copytree(runs / "gap", tmp_path / "volt")
+    metrics = (runs / "gap/metrics.json").read_text()
+    (tmp_path / "volt/metrics.json").write_text(metrics.replace('"meV"', '"eV"'))
+    assert curves.units_of([runs / "gap", tmp_path / "volt"])["gap_mae"] == ", meV or eV"
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    curves.main([str(runs / "gap"), f"out={tmp_path}/a.png"])
+    assert "gap_mae, meV over steps" in [axis.get_title() for axis in drawn[0].axes]
 
 
 def test_a_picture_is_replaced_and_may_be_svg(runs, tmp_path):

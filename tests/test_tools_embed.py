@@ -28,9 +28,10 @@ def test_embeddings_of_a_csv(capsys):
     Path("in.csv").write_text(TABLE)
     embed.main([str(ENCODER), "in.csv", "out.npz"])
     said = capsys.readouterr().out
-    assert "left out: row 1 C(" in said and "out.npz: 4 molecules; id, embedding, y/logS" in said
+    assert "left out: row 1 C(" in said and "out.npz: 4 molecules; id, embedding, smiles, y/logS" in said
     found = np.load("out.npz")
-    assert set(found) == {"id", "embedding", "y/logS"}
+    assert set(found) == {"id", "embedding", "smiles", "y/logS"} and "columns without numbers: note" in said
+    assert "elements: H C O;" in said and found["smiles"].tolist() == ["CCO", "c1ccccc1", "CC(=O)O", "O.C"]
     assert found["id"].tolist() == [0, 2, 3, 4]
     assert np.array_equal(found["y/logS"], [1.5, np.nan, -3, 0.5], equal_nan=True)
     assert found["embedding"].dtype == np.float32 and np.isfinite(found["embedding"]).all()
@@ -88,27 +89,32 @@ def test_features_that_tell_the_answer_win_and_noise_does_not():
     pytest.importorskip("sklearn")
     smiles = [f"{'C' * k}{end}" for k in range(1, 21) for end in ("O", "N", "Cl", "F")]
     y = np.array([len(s) + 3.0 * ("O" in s) for s in smiles])
-    Path("in.csv").write_text("smiles,y\n" + "".join(f"{s},{v}\n" for s, v in zip(smiles, y, strict=True)))
     rng = np.random.default_rng(0)
-    told = {"id": np.arange(80), "y/y": np.where(np.arange(80) == 7, np.nan, y)}
+    told = {"id": np.arange(80), "smiles": smiles, "y/y": np.where(np.arange(80) == 7, np.nan, y)}
     np.savez("answer.npz", embedding=np.stack([y, rng.standard_normal(80)], axis=1), **told)
     np.savez("noise.npz", embedding=rng.standard_normal((80, 2)), **told)
-    features.main(["in.csv", "y", "answer.npz", "noise.npz", "splits=4", "out_dir=out"])
+    features.main(["y", "answer.npz", "noise.npz", "splits=4", "out_dir=out"])
     result = json.loads(Path("out/features.json").read_text())
     mean = {name: np.mean(errors) for name, (_, errors) in result["features"].items()}
     assert result["molecules"] == 79 and list(mean) == ["mean", "Morgan fingerprint", "answer", "noise"]
     assert mean["answer"] < 0.1 < mean["Morgan fingerprint"] < mean["mean"] / 2
     assert mean["noise"] > 0.9 * mean["mean"]
     assert mean["mean"] == pytest.approx(np.std(y), rel=0.2)
-    np.savez("other.npz", embedding=np.zeros((80, 1)), **told | {"id": np.arange(80) + 1})
-    with pytest.raises(InputError, match="of other molecules"):
-        features.main(["in.csv", "y", "answer.npz", "other.npz", "out_dir=other"])
-    with pytest.raises(InputError, match="name a csv"):
-        features.main(["in.csv", "nothing", "answer.npz", "out_dir=other"])
-    Path("cut.npz").write_bytes(Path("answer.npz").read_bytes()[:300])
+    np.savez("other.npz", embedding=np.zeros((80, 1)), **told | {"smiles": smiles[::-1]})
+    np.savez("sdf.npz", embedding=np.zeros((80, 1)), **{k: told[k] for k in ("id", "y/y")})
     np.savez("nan.npz", embedding=np.full((80, 2), np.nan), **told)
-    Path("elsewhere.csv").write_text(Path("in.csv").read_text().replace("\nCN,", "\nCN,9"))
-    for table, name in (("in.csv", "cut"), ("in.csv", "nan"), ("elsewhere.csv", "answer"), ("nowhere.csv", "answer")):
-        with pytest.raises(InputError, match="name a csv with SMILES"):
-            features.main([table, "y", f"{name}.npz", "out_dir=other"])
+    np.savez("few.npz", embedding=np.zeros((2, 2)), **{name: column[:2] for name, column in told.items()})
+    Path("cut.npz").write_bytes(Path("answer.npz").read_bytes()[:300])
+    for words, said in (
+        (["y", "answer.npz", "other.npz"], "they are of other molecules"),
+        (["nothing", "answer.npz"], "no y/nothing: embed a csv; it has embedding, id, smiles, y/y"),
+        (["y", "sdf.npz"], "sdf.npz has no smiles"),
+        (["y", "cut.npz"], "cut.npz is no file of tools.embed"),
+        (["y", "nan.npz"], "its embeddings are not finite"),
+        (["y", "few.npz"], "y has 2 numbers: 20 or more"),
+        (["y", "nowhere.npz"], "nowhere.npz: no such file"),
+        (["y"], "usage"),
+    ):
+        with pytest.raises(InputError, match=said):
+            features.main([*words, "out_dir=other"])
     assert not Path("other").exists()

@@ -58,6 +58,9 @@ def test_a_state_dict_for_torchmd_net_there_and_back(tmp_path):
     assert names == {f"representation_model.{name}" for name in encoder.state_dict()}
     back, rest = read_encoder(f"{tmp_path}/a.ckpt", encoder.config)
     assert rest == 0 and equal(back, encoder)
+    sizes = [f"{key}={value}" for key, value in (SMALL | PLAIN).items()]
+    export.main([f"{tmp_path}/a.ckpt", f"{tmp_path}/back.pt", *sizes])
+    assert equal(load_encoder(tmp_path / "back.pt"), encoder)
 
 
 def test_the_encoder_of_a_fine_tuned_model(runs, tmp_path):

@@ -92,7 +92,7 @@ def test_several_properties(runs):
     z, pos = torch.from_numpy(found.numbers), torch.from_numpy(found.positions).float()
     y = model.restore(model(z, pos, torch.zeros_like(z), 1)[0], z, torch.zeros_like(z))[0].tolist()
     assert [found.info["gap"], found.info["mu"]] == pytest.approx(y, abs=1e-5)
-    assert found.info["unit"] == "eV,D" and found.info["given_mu"] == 1.8
+    assert found.info["unit"] == "gap eV, mu D" and found.info["given_mu"] == 1.8
 
 
 def test_what_it_cannot_predict_is_one_line(runs):

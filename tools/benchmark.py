@@ -53,13 +53,10 @@ WHITEN = {"vec_norm_layer": "whiten", "vec_norm_out": "whiten"}
 PUBLISHED = {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}  # TorchMD-NET
 WIDE = ModelConfig(**PUBLISHED)
 FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
-
-
-SIZE = "embedding_dimension num_layers num_rbf num_heads cutoff_upper max_z vector_cutoff"
-PEER = dict(model="equivariant-transformer", output_model="Scalar", prior_model=None, cutoff_lower=0.0)
+PEER = dict(model="equivariant-transformer", output_model="Scalar", prior_model=None, spin=False)
 PEER |= dict(derivative=True, rbf_type="expnorm", trainable_rbf=False, activation="silu", aggr="add")
 PEER |= dict(attn_activation="silu", neighbor_embedding=True, distance_influence="both", precision=32)
-PEER |= dict(reduce_op="add", static_shapes=False, check_errors=True, box_vecs=None, spin=False)
+PEER |= dict(reduce_op="add", static_shapes=False, check_errors=True, box_vecs=None, cutoff_lower=0.0)
 PEER |= dict(max_num_neighbors=128, atom_filter=-1, charge=False)
 
 
@@ -86,8 +83,8 @@ def peer_of(model):
     with explain("torchmd-net cannot be imported, install it again or remove it", ImportError):
         from torchmdnet.models.model import create_model
 
-    size = {name: getattr(model.encoder.config, name) for name in SIZE.split()}
-    peer = create_model(PEER | size)
+    size = "embedding_dimension num_layers num_rbf num_heads cutoff_upper max_z vector_cutoff"
+    peer = create_model(PEER | {name: getattr(model.encoder.config, name) for name in size.split()})
     ours = {f"representation_model.{key}": w for key, w in model.encoder.state_dict().items()}
     ours |= {f"output_model.{key}": w for key, w in model.head.state_dict().items()}
     theirs = peer.state_dict()

@@ -14,7 +14,7 @@ from harness.errors import InputError, cli, explain, need
 from harness.files import check_file, write_whole
 from harness.settings import read_arguments
 
-STYLES = [(color, dash) for dash in ("-", "--", ":", "-.") for color in ("black", "0.45", "0.75")]
+STYLES = [(color, dash) for dash in ("-", "--", ":", "-.") for color in ("black", "0.4", "0.7")]
 COLUMNS = 4  # panels in a row
 
 
@@ -39,17 +39,28 @@ def read_log(folder):
     return figures
 
 
+def units_of(folders):
+    """{error: ", unit", as metrics.json says it of the finished runs among folders}."""
+    units = {}
+    for path in (Path(folder) / "metrics.json" for folder in folders):
+        with explain(f"{path} is damaged"):
+            found = json.loads(path.read_text(encoding="utf-8"))["units"] if path.exists() else {}
+            for name, unit in found.items():
+                units.setdefault(name, {})[unit] = True
+    return {name: f", {' or '.join(found)}" for name, found in units.items() if "loss" not in name}
+
+
 def draw(logs, out):
-    """{name of a run: its figures} -> a picture."""
+    """{folder of a run: its figures} -> a picture."""
     plt = need("matplotlib.pyplot", "drawing")
     plt.rcParams["text.parse_math"] = False  # a $ in a name
     panels = list(dict.fromkeys(name for figures in logs.values() for name in figures))
     rows = -(-len(panels) // COLUMNS)
     size = {"figsize": (3 * COLUMNS, 2.3 * rows + 0.6), "layout": "constrained"}
     picture, axes = plt.subplots(rows, COLUMNS, squeeze=False, **size)
-    styles = [STYLES[place % len(STYLES)] for place in range(len(logs))]
+    styles, units = STYLES[: len(logs)], units_of(logs)
     for axis, name in zip(axes.flat, panels, strict=False):
-        axis.set_title(f"{name} over steps", fontsize=8)
+        axis.set_title(f"{name}{units.get(name, '')} over steps", fontsize=8)
         axis.tick_params(labelsize=7)
         for figures, (color, dashes) in zip(logs.values(), styles, strict=True):
             for split, points in figures.get(name, {}).items():

@@ -3,8 +3,8 @@
     python -m tools.embed results/encoders/georecon_s1.pt IN.csv OUT.npz       also IN.sdf, IN.xyz
     python -m tools.embed out/my/best.pt IN.csv OUT.npz                        of a fine-tuned model
 
-OUT.npz holds `id` (M,), `embedding` (M, F), and `y/<name>` (M,) of each column or tag with numbers,
-NaN where it is empty. RDKit makes a conformer of each SMILES; a row without one is left out. An
+OUT.npz holds `id` (M,), `embedding` (M, F), `smiles` (M,) of a csv, and `y/<name>` (M,) of each column
+or tag with numbers, NaN where it is empty. RDKit makes a conformer of each SMILES; a row without one is left out. An
 element that the encoder never saw has a random vector. results/README.md says what features are worth.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from formats.sources import SYMBOLS
 from formats.weights import read_encoder
 from harness.errors import InputError, cli, explain
 from harness.files import check_new, write_whole
@@ -44,6 +45,7 @@ def main(arguments):
     encoder = read_encoder(checkpoint, ModelConfig())[0].eval()
     molecules = read_molecules(source)
     arrays = {"id": [mol["id"] for mol in molecules], "embedding": embed(encoder, molecules)}
+    arrays |= {"smiles": [mol["smiles"] for mol in molecules]} if "smiles" in molecules[0] else {}
     tags = [mol.get("tags", {}) for mol in molecules]
     for name in dict.fromkeys(name for tag in tags for name in tag):
         arrays[f"y/{name}"] = [tag.get(name, np.nan) for tag in tags]
@@ -54,6 +56,8 @@ def main(arguments):
 
     write_whole(Path(out), write)
     print(f"{out}: {len(molecules):,} molecules; {', '.join(arrays)}")
+    there = " ".join(SYMBOLS.split()[z] for z in sorted({z for mol in molecules for z in mol["z"].tolist()}))
+    print(f"  elements: {there}; was the encoder trained on all of them?")
 
 
 if __name__ == "__main__":

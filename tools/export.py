@@ -3,9 +3,11 @@
     python -m tools.export results/encoders/coord_s1.pt coord.safetensors
     python -m tools.export coord.safetensors encoder.pt           and back
     python -m tools.export out/plain/encoder.pt plain.ckpt        a state dict of TorchMD-NET
+    python -m tools.export plain.ckpt back.pt x_norm_layer=false vec_norm_layer=none ...    and back
 
 The first file is a checkpoint of ours or a .safetensors of this program. TorchMD-NET has none of
-our norms, so an encoder with them is refused; its state dict has "representation_model.<name>".
+our norms, so an encoder with them is refused; its state dict has "representation_model.<name>", and
+not the architecture: settings of ModelConfig, key=value, say it.
 """
 
 import json
@@ -14,17 +16,17 @@ from pathlib import Path
 from formats.weights import read_encoder
 from harness.errors import InputError, cli, explain, need
 from harness.files import check_file, check_new, write_whole
-from harness.settings import build_config
+from harness.settings import build_config, read_arguments
 from harness.weights import require, require_finite, save_torch
 from model import ModelConfig, new_encoder, save_encoder
 
 TORCHMD = {"backbone": "et", "x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "none"}
 
 
-def read(path):
-    """The encoder of a .safetensors of ours, or of what init_from takes."""
+def read(path, model):
+    """The encoder of a .safetensors of ours, or of what init_from takes; a foreign state dict is of model."""
     if Path(path).suffix != ".safetensors":
-        return read_encoder(path, ModelConfig())[0]
+        return read_encoder(path, model)[0]
     safetensors = need("safetensors", "reading .safetensors")
     check_file(path, "name a file that this program wrote")
     with explain(f"{path} is no .safetensors of an encoder of ours", Exception):
@@ -55,11 +57,12 @@ def export(encoder, out):
 
 
 def main(arguments):
-    if len(arguments) != 2:
+    paths, model = read_arguments(ModelConfig, arguments)
+    if len(paths) != 2:
         raise InputError("usage: python -m tools.export IN OUT.safetensors (or OUT.pt, OUT.ckpt)", code=2)
-    source, out = arguments
+    source, out = paths
     check_new(out, kinds=(".safetensors", ".pt", ".ckpt"))
-    export(encoder := read(source), Path(out))
+    export(encoder := read(source, model), Path(out))
     print(f"{out}: {encoder.config}")
 
 

@@ -97,7 +97,9 @@ def predict(checkpoint, source, out):
         atoms.calc = None
         if forces is None:
             values = value if len(keys) > 1 else [value]
-            atoms.info |= dict(zip(keys.values(), values, strict=True)) | {"unit": about["unit"]}
+            units = zip(keys.values(), about["unit"].split(","), strict=True)
+            unit = about["unit"] if len(keys) == 1 else ", ".join(f"{key} {unit}" for key, unit in units)
+            atoms.info |= dict(zip(keys.values(), values, strict=True)) | {"unit": unit}
         else:
             atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
