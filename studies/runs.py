@@ -78,10 +78,6 @@ NETWORKS = {  # SCD's network helps: is it the gate, or more parameters? Does it
     "coord_wider": pretrain("objective=coord", "model.embedding_dimension=76"),
     "georecon_adaptive": pretrain("objective=georecon", ADAPTIVE),
 }
-# what makes the wall: the clean loss? And is alpha = 3 more noise, or more weight? w_rec goes as alpha^2
-WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
-PAIRS = ((3, 0.05), (1, 4.05), (1.35, 0.247))
-WEIGHTS |= {f"alpha{alpha}_w_rec{w}": pretrain(f"alpha={alpha}", f"w_rec={w}") for alpha, w in PAIRS}
 FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
@@ -128,7 +124,6 @@ STUDIES = {
     "output_norm": seeds((1, 2, 3), OUTPUT),
     # the denoising family on equal footing; one run for longer: is g used more then?
     "family": seeds((1, 2, 3), FAMILY | NETWORKS) | seeds((1,), FAMILY_LONG),
-    "family_weights": seeds((1, 2, 3), WEIGHTS),
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
@@ -144,8 +139,7 @@ STUDIES = {
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
-BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
-READ = ("output_norm", "family", "family_weights", "encoders")  # at two places in space, untrained and trained
+READ = ("output_norm", "family", "encoders")  # at two places in space, untrained and trained
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
