@@ -75,7 +75,7 @@ STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("ad
 READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
 NETWORKS = {  # SCD's network helps: is it the gate, or more parameters? Does it help GeoRecon?
     "coord_ungated": pretrain("objective=coord", "model.backbone=ungated"),
-    "coord_wider": pretrain("objective=coord", "model.embedding_dimension=76"),
+    "coord_wider": pretrain("objective=coord", "model.embedding_dimension=80"),
     "georecon_adaptive": pretrain("objective=georecon", ADAPTIVE),
 }
 FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}

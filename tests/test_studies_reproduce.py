@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune import FinetuneConfig
 from harness.errors import InputError
+from harness.settings import load_config
+from pretrain import PretrainConfig
 from studies import features, figures, reproduce, runs
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +38,15 @@ def test_every_result_is_of_a_run_of_its_study(capsys):
         assert there == set(read) <= set(commands) and there
     reproduce.main([])
     assert "control: 18 of 18 runs done" in capsys.readouterr().out
+
+
+def test_every_command_has_settings_that_its_stage_takes(monkeypatch):
+    """A list is written hours before its last run starts."""
+    monkeypatch.chdir(ROOT)
+    kinds = {"pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig}
+    for commands in runs.STUDIES.values():
+        for program, *arguments in commands.values():
+            assert load_config(kinds[program], arguments).max_steps > 0
 
 
 PUBLISHED = {
