@@ -18,6 +18,7 @@ import io
 import re
 import shlex
 from array import array
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -264,15 +265,21 @@ def read_smiles(path):
     *columns, twice = find_columns(path, "", header)
     for note in dict.fromkeys(twice):
         print(f"  {note}")
-    empty = {name for place, name in enumerate(header) if place != columns[1]}
-    for mol in parallel(partial(conformers, num=1, seed=0), read_rows(path, *columns), chunk=16):
-        empty -= mol["tags"].keys()
+    texts = Counter()
+
+    def rows():
+        for key, smiles, cells in read_rows(path, *columns):
+            texts.update(name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell))
+            yield key, smiles, cells
+
+    for mol in parallel(partial(conformers, num=1, seed=0), rows(), chunk=16):
         if "skip" in mol:
             print(f"  left out: row {mol['id']}: {mol['skip']}")
         else:
             yield mol
-    if empty:
-        print(f"  columns without numbers: {', '.join(sorted(empty))}")
+    del texts[header[columns[1]]]
+    for name, count in texts.items():
+        print(f"  {name}: {count} of its cells are no numbers")
 
 
 # ---------------------------------------------------------------- the command

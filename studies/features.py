@@ -1,7 +1,7 @@
 """Are pooled embeddings good features? Ridge regression on a column of a csv, beside Morgan fingerprints.
 
-    python -m tools.embed results/encoders/coord_s1.pt my.csv out/features/coord.npz  # and others
-    python -m studies.features COLUMN out/features/*.npz [splits=20] [out_dir=out/features]
+    python -m tools.embed results/encoders/coord_s1.pt my.csv coord.npz      # and other encoders
+    python -m studies.features COLUMN *.npz [splits=20] [out_dir=out/features]
 
 All see the same random splits of the molecules, 90 % to fit and 10 % to test. Writes features.json:
 of each features their number, and the root mean square error of each split.

@@ -30,11 +30,22 @@ def test_embeddings_of_a_csv(capsys):
     said = capsys.readouterr().out
     assert "left out: row 1 C(" in said and "out.npz: 4 molecules; id, embedding, smiles, y/logS" in said
     found = np.load("out.npz")
-    assert set(found) == {"id", "embedding", "smiles", "y/logS"} and "columns without numbers: note" in said
+    assert (
+        set(found) == {"id", "embedding", "smiles", "y/logS"}
+        and "  note: 5 of its cells are no numbers\n" in said
+        and "smiles:" not in said
+    )
     assert "elements: H C O;" in said and found["smiles"].tolist() == ["CCO", "c1ccccc1", "CC(=O)O", "O.C"]
     assert found["id"].tolist() == [0, 2, 3, 4]
     assert np.array_equal(found["y/logS"], [1.5, np.nan, -3, 0.5], equal_nan=True)
     assert found["embedding"].dtype == np.float32 and np.isfinite(found["embedding"]).all()
+
+
+def test_numbers_with_a_decimal_comma_are_said(capsys):
+    Path("in.csv").write_text('smiles;logS\nCCO;"1,5"\nCCN;2.5\nCCC;\n')
+    embed.main([str(ENCODER), "in.csv", "out.npz"])
+    assert "  logS: 1 of its cells are no numbers\n" in capsys.readouterr().out
+    assert np.isnan(np.load("out.npz")["y/logS"]).tolist() == [True, False, True]
 
 
 def test_a_column_that_stands_twice_is_said(capsys):

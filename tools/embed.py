@@ -4,7 +4,7 @@
     python -m tools.embed out/my/best.pt IN.csv OUT.npz                        of a fine-tuned model
 
 OUT.npz holds `id` (M,), `embedding` (M, F), `smiles` (M,) of a csv, and `y/<name>` (M,) of each column
-or tag with numbers, NaN where it is empty. RDKit makes a conformer of each SMILES; a row without one is left out. An
+or tag with numbers, NaN where it has none. RDKit makes a conformer of each SMILES; a row without one is left out. An
 element that the encoder never saw has a random vector. results/README.md says what features are worth.
 """
 
