@@ -1,6 +1,8 @@
-"""Several files as one to pretrain on: geometries without labels, each file a split of its name.
+"""Several files as one to pretrain on.
 
-python data.py join data/qm9.h5 data/druglike.h5 data/both.h5
+    python data.py join data/qm9.h5 data/druglike.h5 data/both.h5
+
+The geometries of all, without labels. Each file is a split of its name; the id is the row.
 """
 
 import shlex

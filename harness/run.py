@@ -93,8 +93,8 @@ class Run:
         self.say = self.log.say
         for line in lines:
             self.say(line)
-        on_cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if on_cuda else f"{torch.get_num_threads()} CPU threads"
+        made_by = self.made_by
+        name = made_by["device"] if self.device.type == "cuda" else f"{made_by['threads']} CPU threads"
         ranks = f"{self.world} x {name}{', compiled in the first step' * bool(config.compile)}"
         self.say(f"{ranks}; {config.max_steps:,} steps of {config.batch_size} molecules")
         if not self.is_new:

@@ -114,6 +114,7 @@ def from_own_seed(tasks, encoders, numbers=(1, 2)):
     return {f"{task}_{s}": [*run, *words] for task, run in tasks.items() for s, words in more.items()}
 
 
+ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
 ALL_STARTS = {*STARTS, *THERMAL, *EQUAL}
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
@@ -129,9 +130,7 @@ STUDIES = {
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1, 2), FACTORS),
-    "precision": seeds(
-        (1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
-    ),  # what bfloat16 products cost, beside arms of the control
+    "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
     "thermal": from_own_seed(FRAMES, THERMAL),  # does g help where used? Needs graph_embedding
     "finetune_equal": from_own_seed(FRAMES | LABELS, EQUAL),  # and elsewhere? Needs control, too
 }

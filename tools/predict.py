@@ -26,14 +26,20 @@ IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
 TAKEN = {"id", "unit", "pbc", "Lattice", "Properties", "stress", "virial"}  # by extended xyz
 
 
+def untrained(about, z):
+    """Why a model must say nothing of the elements z (n,): it was trained on none such; else ""."""
+    strange = set(z.tolist()) - set(about["elements"])
+    return f"the model was trained on no molecule with element {min(strange)}" if strange else ""
+
+
 def predict_molecule(model, about, z, pos, edge_index=None):
     """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) or None.
 
     A model of energies and forces gives eV and eV/angstrom in float64, any other its property in
     its unit, a list of several. InputError: an element that the model was not trained on.
     """
-    if strange := set(z.tolist()) - set(about["elements"]):
-        raise InputError(f"the model was trained on no molecule with element {min(strange)}")
+    if why := untrained(about, z):
+        raise InputError(why)
     forces, batch = about["target"] == "energy_forces", torch.zeros_like(z)
     centred = (pos - pos.mean(0)).to(next(model.parameters()).dtype)
     with explain("the radius graph", ValueError):
@@ -81,8 +87,8 @@ def predict(checkpoint, source, out):
     written = []
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
-        if strange := set(mol["z"].tolist()) - set(about["elements"]):
-            said = f"{where}: the model was trained on no molecule with element {min(strange)}"
+        if why := untrained(about, mol["z"]):
+            said = f"{where}: {why}"
             print(f"  left out: {said}")
             continue
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
