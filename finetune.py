@@ -7,8 +7,7 @@
 
 init_from is an encoder.pt, last.pt or step_<n>.pt of any stage, or a state dict of TorchMD-NET or Coord; without it
 the encoder starts from scratch. A run folder is pretrain.py's, with best.pt, the model at its best validation, in the
-place of encoder.pt; a linear probe leaves no checkpoint. best.pt is tested once, at the end. Labels are standardised
-with the training molecules alone: y' = (y - sum_i ref(z_i) - mean) / std in float64, and only y' becomes float32.
+place of encoder.pt; a linear probe leaves none. best.pt is tested once, at the end, beside the best constant.
 """
 
 import math
@@ -159,7 +158,7 @@ def head_of(config):
 
 
 class Labels:
-    """T labels in the file's units; y' = (y - references - mean) / std, the three from the training molecules."""
+    """T labels in the file's units; y' = (y - sum_i ref(z_i) - mean) / std in float64, by the training molecules."""
 
     def __init__(self, config, molecules, train, others, max_z):
         if not config.target:
@@ -174,8 +173,8 @@ class Labels:
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
         shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]
         self.unit = ",".join(units)
-        both = {"targets": shown[0] if len({*shown}) == 1 else "mean over units", "forces": f"{units[0]}/angstrom"}
-        self.shown = both | dict(zip(self.names, shown))
+        self.shown = dict(zip(self.names, shown)) | {"forces": f"{units[0]}/angstrom"}
+        self.shown["targets"] = shown[0] if len({*shown}) == 1 else "mean over units"
         self.scale = np.array([1.0 if new == unit else 1000.0 for new, unit in zip(shown, units)])  # (T,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
@@ -188,6 +187,7 @@ class Labels:
         fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
         self.references = fit if has_references else np.zeros_like(fit)
         rest = self.raw[train] - counts @ self.references  # (M, T)
+        self.constant = (np.median if config.metric == "mae" else np.mean)(rest, 0)  # what a network has to beat
         centred = config.target not in HEAD_OF or config.head == "pooler"  # not a length or a second moment
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
@@ -323,10 +323,9 @@ def load_property_model(path, device="cpu"):
     with explain(f"{path} is no best.pt of finetune.py that fits this code's model"):
         require(content, BEST, "the file")
         about = content["property"]
-        if about["reduce"] not in ("sum", "mean") or not all(type(z) is int for z in about["elements"]):
-            raise ValueError(f"its reduce is {about['reduce']}, its elements are {about['elements']}")
-        if not (about["name"] + about["unit"]).isprintable():
-            raise ValueError("its name or unit is no word")
+        known = about["reduce"] in ("sum", "mean") and (about["name"] + about["unit"]).isprintable()
+        if not known or not all(type(z) is int for z in about["elements"]):
+            raise ValueError(f"its property is {about}")
         encoder, T = new_encoder(build_config(ModelConfig, content["model"])), about["name"].count(",") + 1
         empty = (np.zeros((*size, T) if T > 1 else size) for size in ((encoder.config.max_z,), (), ()))
         model = PropertyModel(encoder, about["head"], about["reduce"], *empty)
@@ -340,8 +339,7 @@ def check_best(path, step, state, target):
     """Refuse to resume if best.pt is of another run. After a kill it may be of a later step than last.pt."""
     about = load_property_model(path)[1]
     same = about["target"] == target and about["val"].keys() == state["best_val"].keys()
-    now = (about["step"], about["val"]) == (state["best_step"], state["best_val"])
-    if not same or not (now or about["step"] > step):
+    if not same or about["step"] <= step and (about["step"], about["val"]) != (state["best_step"], state["best_val"]):
         raise InputError(f"{path} is of another run than last.pt: bring its own back")
 
 
@@ -364,6 +362,12 @@ def errors(model, molecules, index, labels, config, device, rank=0, world=1):
             total += torch.stack([error.abs().sum(), error.square().sum(), torch.tensor(error.numel())])
     model.train()
     y, (f_abs, f_sq, f_num) = sum_over_ranks(y.to(device)).cpu(), sum_over_ranks(total.to(device)).tolist()
+    forces = {"forces_mae": f_abs / f_num, "forces_rmse": (f_sq / f_num) ** 0.5} if labels.forces else {}
+    return errors_of(y, molecules, index, labels) | forces
+
+
+def errors_of(y, molecules, index, labels):
+    """Those of predictions y (n, T) in the labels' units, without the forces."""
     _, first, same = np.unique(labels.molecule[index], return_index=True, return_inverse=True)
     error = (y - torch.from_numpy(labels.raw[index])) * torch.from_numpy(labels.scale)
     error = scatter_mean(error, torch.from_numpy(same), len(first))  # that of the mean over a molecule's conformers
@@ -373,19 +377,17 @@ def errors(model, molecules, index, labels, config, device, rank=0, world=1):
     for kind in ("mae", "rmse") if len(labels.names) > 1 else ():  # Table 11's QM8: the mean over its targets
         found[f"targets_{kind}"] = sum(found[f"{name}_{kind}"] for name in labels.names) / len(labels.names)
     if labels.forces:
-        per_atom = (error[:, 0].abs() / torch.from_numpy(np.diff(molecules.ptr)[index[first]])).mean().item()
-        found |= {"energy_per_atom_mae": per_atom, "forces_mae": f_abs / f_num, "forces_rmse": (f_sq / f_num) ** 0.5}
+        per_atom = error[:, 0].abs() / torch.from_numpy(np.diff(molecules.ptr)[index[first]])
+        found["energy_per_atom_mae"] = per_atom.mean().item()
     return found
 
 
 def score(found, labels, config):
-    """best.pt has the lowest score: the errors, weighted like the losses. PAPER-SILENT."""
+    """best.pt has the lowest score: errors weighted like the losses, or the mean of errors / std. PAPER-SILENT."""
     if labels.forces:
         weights = {"energy": config.energy_weight, "forces": config.force_weight}
         return sum(weight * found[f"{name}_{config.metric}"] for name, weight in weights.items())
-    if len(labels.names) == 1:
-        return found[f"{labels.name}_{config.metric}"]
-    shares = zip(labels.names, labels.std * labels.scale, strict=True)  # of several the mean of errors / std
+    shares = zip(labels.names, labels.std * labels.scale, strict=True)
     return sum(found[f"{name}_{config.metric}"] / std for name, std in shares) / len(labels.names)
 
 
@@ -451,7 +453,6 @@ def probe(config, encoder, molecules, parts, labels, device, log):
     centre = y["train"].mean()  # not 0 for a label that is only scaled
     closed = ridge(features["train"], y["train"] - centre, features["val"], y["val"] - centre)
     lines = {key: best[1], f"{key}_ridge": (closed, centre)}
-    lines[f"{key}_constant"] = torch.zeros_like(closed), y["train"].median()
     return best[2], {part: {kind: mae(part, *line) for kind, line in lines.items()} for part in y if part != "train"}
 
 
@@ -484,7 +485,6 @@ def finetune(config, run):
     molecules, device = Molecules(config.data), run.device
     train, val, tests = split_data(config, molecules)
     parts = {"train": train, "val": val, **tests}
-    sizes = {name: len(index) for name, index in parts.items()}
     splits = [config.train_split, *filter(None, [config.val_split, *config.test_split.split(",")])]
     lost = {s: len(molecules.split(s)) - len(molecules.split(s, config.target)) for s in splits}
     lost = ", ".join(f"{num:,} of {name or 'all'}" for name, num in lost.items() if num)
@@ -507,12 +507,8 @@ def finetune(config, run):
         model.compile_derivative(device, one_shape=len(set(np.diff(molecules.ptr))) == config.accumulate == 1)
     elif config.compile:
         compile_layers(module, device)
-    # two heads take no vectors; a probe trains neither encoder nor head
-    net = (
-        module
-        if config.freeze_encoder
-        else run.parallel(module, find_unused_parameters=model.kind in ("extent", "pooler"))
-    )
+    unused = model.kind in ("extent", "pooler")  # two heads take no vectors; a probe trains neither encoder nor head
+    net = module if config.freeze_encoder else run.parallel(module, find_unused_parameters=unused)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=True)
     plateau = ReduceLROnPlateau(optimizer, "min", config.lr_factor, config.lr_patience, min_lr=config.lr_min)
@@ -524,7 +520,7 @@ def finetune(config, run):
     if not run.is_new:
         check_best(run.folder / "best.pt", run.step, state, config.target)
     run.begin(
-        f"{config.target} on {config.data}: {', '.join(f'{size:,} {name}' for name, size in sizes.items())}",
+        f"{config.target} on {config.data}: {', '.join(f'{len(index):,} {name}' for name, index in parts.items())}",
         f"labels: {labels.remark}",
         encoder_line,
         *([f"left out: {lost}: {config.target.replace(',', ' or ')} unknown"] if lost else []),
@@ -533,7 +529,7 @@ def finetune(config, run):
     if config.freeze_encoder:
         best_step, found = probe(config, encoder.eval(), molecules, parts, labels, device, run.log)
         parameters = encoder.config.embedding_dimension + 1
-        return finish(config, run, labels, sizes, found.pop("val"), found, state, best_step, parameters)
+        return finish(config, run, labels, molecules, parts, found.pop("val"), found, state, best_step, parameters)
 
     def validate():
         model_now = average.module if average else model
@@ -552,10 +548,10 @@ def finetune(config, run):
         if 0 in config.keep_steps:
             run.save()
     (group,) = optimizer.param_groups
-    for step, parts in run.steps():  # from last.pt's step to max_steps, or to a signal
+    for step, mine in run.steps():  # from last.pt's step to max_steps, or to a signal
         if config.lr_schedule != "plateau" or step < config.lr_warmup_steps:
             group["lr"] = learning_rate(step, config)
-        losses, lr = train_step(net, parts, step, labels, config, device, run.world), group["lr"]
+        losses, lr = train_step(net, mine, step, labels, config, device, run.world), group["lr"]
         if config.clip_norm:
             nn.utils.clip_grad_norm_(trained, config.clip_norm)
         optimizer.step()
@@ -574,12 +570,16 @@ def finetune(config, run):
     barrier()  # best.pt is whole
     best, about = load_property_model(run.folder / "best.pt", device)
     found = {name: errors(best, molecules, index, labels, config, device, *ranks) for name, index in tests.items()}
-    finish(config, run, labels, sizes, about["val"], found, state, about["step"], num_parameters(model))
+    finish(config, run, labels, molecules, parts, about["val"], found, state, about["step"], num_parameters(model))
 
 
-def finish(config, run, labels, sizes, val, test, state, best_step, parameters):
-    """Say what came out, beside the paper's figures, and write metrics.json."""
-    units = {name: labels.unit_of(name) for name in val}
+def finish(config, run, labels, molecules, parts, val, test, state, best_step, parameters):
+    """Say what came out, beside the paper's figures and what a constant does, and write metrics.json."""
+    error = f"{'targets' if len(labels.names) > 1 else labels.name}_{config.metric}"
+    for name, found in {"val": val, **test}.items():
+        y = molecules.composition(parts[name], len(labels.references)) @ labels.references + labels.constant
+        found[f"{error}_constant"] = errors_of(torch.from_numpy(y), molecules, parts[name], labels)[error]
+    units = {name: labels.unit_of(name) for found in (val, *test.values()) for name in found}
     width = 2 + max(map(len, ("val", *test)))
     for split, found in {"val": val, **test}.items():
         for name, value in found.items():
@@ -588,8 +588,8 @@ def finish(config, run, labels, sizes, val, test, state, best_step, parameters):
             beside = f"   in the paper: {', '.join(theirs)}" if theirs else ""
             run.say(f"{split:<{width}}{name:<24}{value:>12.5g} {units.get(name, '')}{beside}")
     figures = {"test": test, "val": val, "units": units, "paper": config.paper, "target": config.target}
-    figures |= {"best_step": best_step, "parameters": parameters, "molecules": sizes, "init_from": config.init_from}
-    run.finish(**figures, init_sha256=state["init_sha256"])
+    figures |= {"best_step": best_step, "parameters": parameters, "molecules": {n: len(i) for n, i in parts.items()}}
+    run.finish(**figures, init_from=config.init_from, init_sha256=state["init_sha256"])
 
 
 def main(arguments):

@@ -225,7 +225,7 @@ def test_metrics_are_the_errors_of_best_pt(tiny):
     folder = start("forces")
     molecules, (model, about) = Molecules(ETHANOL), load_property_model(folder / "best.pt")
     metrics = json.loads((folder / "metrics.json").read_text())
-    _, _, tests = split_data(load_config(FinetuneConfig, ["forces.yaml"]), molecules)
+    train, val, tests = split_data(load_config(FinetuneConfig, ["forces.yaml"]), molecules)
     part = molecules.read(tests["test"], forces=True)
     y, forces = model(part["z"], part["pos"], part["batch"], 20, forces=True)
     error = model.restore(y, part["z"], part["batch"]) - torch.from_numpy(molecules.label("energy")[tests["test"]])
@@ -236,6 +236,10 @@ def test_metrics_are_the_errors_of_best_pt(tiny):
     assert found["energy_per_atom_mae"] == pytest.approx(found["energy_mae"] / 9)
     assert found["forces_mae"] == pytest.approx(force_error.abs().mean().item(), rel=1e-5)
     assert found["forces_rmse"] == pytest.approx(force_error.square().mean().sqrt().item(), rel=1e-5)
+    y = molecules.label("energy")  # of one molecule: its fitted reference is the mean
+    constant = {name: np.abs(y[part] - np.median(y[train])).mean() for name, part in {"val": val, **tests}.items()}
+    assert found["energy_mae_constant"] == pytest.approx(constant["test"], rel=1e-6)
+    assert metrics["val"].pop("energy_mae_constant") == pytest.approx(constant["val"], rel=1e-6)
     assert about["val"] == metrics["val"] and about["step"] == metrics["best_step"]
     names = {"config.yaml", "log.jsonl", "last.pt", "best.pt", "metrics.json", ".lock"}
     assert {path.name for path in folder.iterdir()} == names

@@ -369,6 +369,7 @@ def test_conformers_of_a_molecule_are_not_drawn_apart(convert):
 
 
 def test_metric_chooses_the_error_that_chooses_the_weights():
-    found, labels = {"y_mae": 1.0, "y_rmse": 2.0}, SimpleNamespace(forces=False, name="y", names=["y"])
+    about = {"forces": False, "name": "y", "names": ["y"], "std": np.array([0.5]), "scale": np.array([2.0])}
+    found, labels = {"y_mae": 1.0, "y_rmse": 2.0}, SimpleNamespace(**about)
     by = [finetune.score(found, labels, finetune.FinetuneConfig(**keys)) for keys in ({}, {"metric": "rmse"})]
     assert by == [1.0, 2.0]
