@@ -12,17 +12,16 @@ from studies import runs
 
 def kind_of(study):
     """What a study's table and figure are of."""
-    run, (program, *_) = next(iter(runs.STUDIES[study].items()))
     if study in runs.SMOOTHNESS:
         return "arms" if study in runs.BESIDE else "smoothness"
-    if study.startswith("family") or study == "encoders":
-        return "family"
-    return "readings" if study == "output_norm" else "errors" if program == "finetune.py" else "losses"
+    if study in ("qm9_wide", "precision"):
+        return "losses"
+    return "readings" if study == "output_norm" else "family"
 
 
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
-    kinds = {"errors": errors_rows, "readings": readings_rows, "family": family_rows}
+    kinds = {"readings": readings_rows, "family": family_rows}
     if (kind := kind_of(study)) in kinds:
         return kinds[kind](results)
     return rows_of(results, LOSSES if kind == "losses" else SMOOTHNESS)
@@ -52,9 +51,10 @@ def table(study, results):
     """Lines of markdown, an arm a line."""
     rows = rows_for(study, results)
     columns = dict.fromkeys(column for row in rows.values() for column in row)
-    if study.startswith("family"):
-        least = {name: [least_difference([row.get(name, ()) for row in rows.values()])] for name in columns}
-        rows["the least difference that can be seen"] = least
+    if kind_of(study) == "family":
+        least = {name: least_difference([row.get(name, ()) for row in rows.values()]) for name in columns}
+        if least := {name: [value] for name, value in least.items() if math.isfinite(value)}:
+            rows["the least difference that can be seen"] = least
     yield f"| arm | {' | '.join(columns)} |"
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
@@ -79,11 +79,7 @@ def least_difference(samples):
 def rows_drawn(study, results):
     """What is drawn: {arm: {column: its value for each seed}}, and the columns."""
     rows, kind = rows_for(study, results), kind_of(study)
-    if kind == "errors":  # of each task its error of forces, or its first
-        tasks = {error.partition(":")[0]: error for error in sorted(rows, key=lambda error: "forces" in error)}
-        starts = dict.fromkeys(start for row in rows.values() for start in row)
-        rows = {start: {error: rows[error].get(start, []) for error in tasks.values()} for start in starts}
-    elif kind == "smoothness":
+    if kind == "smoothness":
         rows = rows_of(results, over_steps(results[0]))
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
     return rows, shown or list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -128,20 +124,6 @@ def use_of_g(val):
 
 LOSSES = {name: lambda run, name=name: run["val"].get(name) for name in ("loss_noise", "loss_rec", "loss_clean")}
 LOSSES["use of g, %"] = lambda run: use_of_g(run["val"])
-
-
-def errors_rows(results):
-    """{error: {start of the runs <task>_<start>_s<seed>: test error for each seed}}."""
-    rows = {}
-    for run in results:
-        name = run["run"].rpartition("_s")[0]
-        start = max((start for start in runs.ALL_STARTS if name.endswith(f"_{start}")), key=len)
-        task = name.removesuffix(f"_{start}")
-        for split, errors in run["test"].items():
-            for error in (error for error in errors if "rmse" not in error and "per_atom" not in error):
-                kind = f"{task}, {split}: {error}, {run['units'].get(error, '')}"
-                rows.setdefault(kind, {}).setdefault(start, []).append(errors[error])
-    return rows
 
 
 def at_end(result, kind):
@@ -190,22 +172,25 @@ def readings_rows(results):
 
 
 FAMILY = {  # of a pretraining run
-    "loss_noise": lambda run: run["val"]["loss_noise"],
+    "loss_noise": lambda run: run["val"].get("loss_noise"),
     "use of g, %": lambda run: use_of_g(run["val"]),
-    "LLC": lambda run: medians(run, "graph")[-1],
-    "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1],
+    "LLC": lambda run: medians(run, "graph")[-1] if "graph_0" in run else None,
+    "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1] if "graph_0.04" in run else None,
 }
-FINETUNED = tuple(f"readout-{y}, test: {y}_mae_ridge" for y in ("H", "U0", "gap"))
-FINETUNED += ("gap, test: gap_mae,", "aspirin, test: forces_mae")
+# of a fine-tuning run its first error that ends so
+FINETUNED = ("forces_mae", "mae_ridge", "expt_rmse", "exp_rmse", "_mae")
 
 
 def family_rows(results):
-    """As rows_of: of pretraining runs, and of what was fine-tuned from them."""
-    finetuned = [run for run in results if run["study"] == "family_finetune"]
-    rows = rows_of([run for run in results if run["study"] != "family_finetune"], FAMILY)
+    """As rows_of: of pretraining runs, and of what was fine-tuned from them, <task>_<arm>_s<seed>."""
+    rows = rows_of([run for run in results if "objective" in run], FAMILY)
     rows = {arm.removesuffix("_rms"): row for arm, row in rows.items()}
-    for kind, starts in errors_rows(finetuned).items():
-        if kind.startswith(FINETUNED):
-            for arm, values in starts.items():
-                rows.setdefault(arm, {})[kind.replace(", test", "")] = values
+    for run in (run for run in results if "objective" not in run):
+        task, arm = run["run"].rpartition("_s")[0].split("_", 1)
+        for name, errors in run["test"].items():
+            error = next(error for end in FINETUNED for error in errors if error.endswith(end))
+            column = f"{task}{f', {name}' if name != 'test' else ''}: {error}, {run['units'].get(error, '')}"
+            rows.setdefault(arm, {}).setdefault(column, []).append(errors[error])
+            if (constant := f"{error}_constant") in errors:
+                rows.setdefault("a constant", {})[column] = [errors[constant]]
     return rows

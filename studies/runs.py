@@ -101,8 +101,6 @@ FACTORS = {
 }
 THERMAL = {"coord": "_coord", "georecon": "", "no_g": "_no_g", "rec_only": "_rec_only"}
 THERMAL = {start: f"graph_embedding/thermal{end}" for start, end in THERMAL.items()}
-EQUAL = {"coord": "control/coord_rms", "georecon": "control/georecon_rms"}
-EQUAL |= {r: f"graph_embedding/{r}" for r in ("alpha3", "alpha3_no_g", "coord_noise3", "no_g")}
 
 
 def from_own_seed(tasks, encoders, numbers=(1, 2)):
@@ -115,7 +113,6 @@ def from_own_seed(tasks, encoders, numbers=(1, 2)):
 
 
 ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
-ALL_STARTS = {*STARTS, *THERMAL, *EQUAL}
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
     "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
@@ -132,7 +129,6 @@ STUDIES = {
     "graph_embedding": seeds((1, 2), FACTORS),
     "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
     "thermal": from_own_seed(FRAMES, THERMAL),  # does g help where used? Needs graph_embedding
-    "finetune_equal": from_own_seed(FRAMES | LABELS, EQUAL),  # and elsewhere? Needs control, too
 }
 # arms of other studies that a study is to be compared with
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
