@@ -79,6 +79,15 @@ NETWORKS = {  # SCD's network helps: is it the gate, or more parameters? Does it
     "georecon_adaptive": pretrain("objective=georecon", ADAPTIVE),
 }
 FAMILY_LONG = {"scd_20000": pretrain("objective=scd", ADAPTIVE, steps=20000)}
+# Table 11's system, sized for two cores: by its own task, and with reconstruction
+UNIMOL = ["data=data/qm9_druglike.h5", "compile=true", "keep_steps=0"]
+UNIMOL = {
+    f"unimol{kind}": ["pretrain.py", f"configs/unimol_small{kind}_pretrain.yaml", *UNIMOL] for kind in ("", "_rec")
+}
+MOLNET = ["head=pooler", "max_steps=2000", "lr_cosine_length=2000", "lr_warmup_steps=130", "val_every=200"]
+MOLNET = {s: ["finetune.py", f"configs/molnet_{s}.yaml", *MOLNET] for s in ("freesolv", "lipo", "qm7", "qm8")}
+MOLNET_STARTS = {run: f"unimol/{run}" for run in UNIMOL} | {"untrained": "unimol/unimol"}
+MOLNET_STARTS["untrained_et"] = STARTS["coord"]
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
 HOT = "data=data/md17_aspirin.h5"
@@ -123,6 +132,8 @@ STUDIES = {
     # the denoising family on equal footing; one run for longer: is g used more then?
     "family": seeds((1, 2, 3), FAMILY | NETWORKS) | seeds((1,), FAMILY_LONG),
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
+    "unimol": seeds((1, 2, 3), UNIMOL),
+    "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
@@ -133,6 +144,7 @@ STUDIES = {
 # arms of other studies that a study is to be compared with
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
+BESIDE["unimol"] = {"molnet": None}
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
 READ = ("output_norm", "family", "encoders")  # at two places in space, untrained and trained
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
