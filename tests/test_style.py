@@ -107,10 +107,13 @@ def test_readme_is_read_in_ten_minutes():
     assert all(len(line) <= 200 for line in prose if not line.startswith(("|", "![")))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md")), ids=identity)
+@pytest.mark.parametrize(
+    "path", sorted(p for end in ("*.md", "*/*.md", "configs/*.yaml") for p in ROOT.glob(end)), ids=identity
+)
 def test_documents_name_files_that_are_there(path):
     text = path.read_text(encoding="utf-8")
-    for name in set(re.findall(r"\b(?:configs|results|tests|data)/[\w./-]+\.(?:yaml|json|png|py|npz)\b", text)):
+    kept = r"\b(?:configs|results|tests|data)/[\w./-]+\.(?:yaml|json|png|py|npz)\b|\bresults/[a-z_0-9]+/"
+    for name in set(re.findall(kept, text)):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
         assert (path.parent / name).exists(), name
