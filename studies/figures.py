@@ -14,8 +14,8 @@ def kind_of(study):
     """What a study's table and figure are of."""
     if study in runs.SMOOTHNESS:
         return "arms" if study in runs.BESIDE else "smoothness"
-    if study in ("qm9_wide", "precision"):
-        return "losses"
+    if study in ("qm9_wide", "precision", "family_long"):
+        return "use" if study == "family_long" else "losses"
     return "readings" if study == "output_norm" else "family"
 
 
@@ -24,7 +24,7 @@ def rows_for(study, results):
     kinds = {"readings": readings_rows, "family": family_rows}
     if (kind := kind_of(study)) in kinds:
         return kinds[kind](results)
-    return rows_of(results, LOSSES if kind == "losses" else SMOOTHNESS)
+    return rows_of(results, {"losses": LOSSES, "use": USE}.get(kind, SMOOTHNESS))
 
 
 def rows_of(results, columns):
@@ -51,14 +51,21 @@ def table(study, results):
     """Lines of markdown, an arm a line."""
     rows = rows_for(study, results)
     columns = dict.fromkeys(column for row in rows.values() for column in row)
-    if kind_of(study) == "family":
-        least = {name: least_difference([row.get(name, ()) for row in rows.values()]) for name in columns}
-        if least := {name: [value] for name, value in least.items() if math.isfinite(value)}:
-            rows["the least difference that can be seen"] = least
     yield f"| arm | {' | '.join(columns)} |"
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
+    least = [least_cell(column, [row.get(column, ()) for row in rows.values()]) for column in columns]
+    if kind_of(study) == "family" and any(least):
+        yield f"| the least difference that can be seen | {' | '.join(least)} |"
+
+
+def least_cell(column, samples):
+    """The smallest difference that can be seen; of LLCs the smallest factor, since their spread grows with them."""
+    log = column.startswith("LLC")
+    least = least_difference([[math.log(value) for value in row] for row in samples] if log else samples)
+    shown = f"× {math.exp(least):.2f}" if log else cell([least])
+    return shown if math.isfinite(least) else ""
 
 
 def least_difference(samples):
@@ -124,6 +131,10 @@ def use_of_g(val):
 
 LOSSES = {name: lambda run, name=name: run["val"].get(name) for name in ("loss_noise", "loss_rec", "loss_clean")}
 LOSSES["use of g, %"] = lambda run: use_of_g(run["val"])
+USE = {  # of g, in %, over the steps
+    f"step {n:,}": lambda run, n=n: use_of_g(next(val for val in run["curve_val"] if val["step"] == n))
+    for n in (1000, 3000, 8000, 20000)
+}
 
 
 def at_end(result, kind):
