@@ -73,7 +73,7 @@ class PretrainConfig:
     decoder_graph_emb: bool = True  # false: the decoder sees zero in place of g, a control that the paper lacks
     pooling: str = setting("mean", choices=("mean", "sum", "attention"))  # Sec. 4.2
     dihedral_angle_noise_scale: float = setting(2.0, low=0)  # frad: degrees
-    mask_probability: float = setting(0.2, low=0, below=1.01)  # scd: share of the molecules that train without g
+    mask_probability: float = setting(0.2, low=0, below=1 + 1e-9)  # scd: share of the molecules that train without g
     clean_noise_scale: float = setting(0.005, low=0)  # scd: angstrom, of the encoding that g is taken from
     drop_path: float = setting(0.0, low=0, below=1)  # scd: share of the increments of atoms that are dropped
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -72,7 +72,7 @@ class Rotors:
     def __init__(self, molecules):
         self.path, self.ptr = molecules.path, molecules.ptr
         self._file = None  # opened in each process: an HDF5 handle must not cross a fork
-        remedy = "`python data.py rotors FILE.h5 OUT.h5` adds them, see beyond/README.md"
+        remedy = "`python data.py rotors PLAIN.h5 [RAW] OUT.h5` adds them, see beyond/README.md"
         with explain(f"{self.path}: its rotors are damaged, {remedy}", *FOREIGN), h5py.File(self.path, "r") as file:
             if "rotor" not in file:
                 raise InputError(f"{self.path} has no rotors, which objective = frad turns: {remedy}")
@@ -92,7 +92,7 @@ class Rotors:
 
     def _rows(self, name, ptr, index):
         """Rows ptr[m]:ptr[m+1] of a dataset for each m of index, end to end, and their numbers."""
-        with explain(f"{self.path}: dataset rotor/{name} is damaged, add the rotors again", OSError, RuntimeError):
+        with explain(f"{self.path}: dataset rotor/{name} is damaged, make the file again", OSError, RuntimeError):
             if self._file is None or self._file[0] != os.getpid():
                 self._file = os.getpid(), h5py.File(self.path, "r")
             dataset = self._file[1][f"rotor/{name}"]
@@ -110,7 +110,7 @@ class Rotors:
         def check(bad, batch, why):
             if bad.any():
                 m = index[batch[bad.argmax()]]
-                raise InputError(f"{self.path}: molecule {m} has {why}: add its rotors again")
+                raise InputError(f"{self.path}: molecule {m} has {why}: make the file again")
 
         check((bond >= atoms[of_rotor, None]).any(1), of_rotor, "a rotor on an atom that is not there")
         j, k = bond.T + first_atom[of_rotor]

@@ -15,13 +15,24 @@ state dict loads by name into a model with its num_rbf, cutoff_upper and max_z.
 tests/test_beyond_painn.py compares the two.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import silu
 
+from harness.errors import InputError
 from model import Linear, cosine_cutoff, linear, radius_graph, scatter_sum, take
+
+
+def refuse_norms(config):
+    """A setting that this network does not read would be an ablation without an effect."""
+    for known in fields(config):
+        value = getattr(config, known.name)
+        if "norm" in known.name and value != known.default:
+            told = f"model.{known.name} = {value}: model.backbone = {config.backbone}"
+            raise InputError(f"{told} has no such part, leave it out", code=2)
 
 
 class Pairs(NamedTuple):
@@ -125,6 +136,7 @@ class PaiNN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        refuse_norms(config)
         self.config = config
         channels, layers = config.embedding_dimension, config.num_layers
         self.embedding = nn.Embedding(config.max_z, channels)

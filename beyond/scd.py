@@ -112,9 +112,10 @@ def uniform(normal):
 class SelfConditioned(nn.Module):
     """The objective, as pretrain.Pretraining: its contract is in beyond/README.md.
 
-    DEVIATION: noise, target and norms are those of Coord in pretrain.py, and element embeddings are
-    trained, so that the two can be compared. The public code removes the mean of each molecule's
-    noise and freezes the embeddings.
+    DEVIATION: noise, target, norms and vector_cutoff are those of Coord in pretrain.py, and element
+    embeddings and mask token are trained, so that the two can be compared. The public code removes
+    the mean of each molecule's noise, freezes both, and lets vector messages vanish at the cutoff.
+    PAPER-SILENT: drop path is in the second encoding alone.
     """
 
     inputs = None
@@ -139,7 +140,8 @@ class SelfConditioned(nn.Module):
         """noise (N, 7 or 7 + L) standard normal -> dict of scalar losses.
 
         When evaluated, also `loss_noise_masked` and, with shuffle, `loss_noise_shuffled`: the
-        encoder sees the mask token, or the previous molecule's graph embedding.
+        encoder sees the mask token, or the previous molecule's graph embedding. With
+        mask_probability 1 the encoder never saw a g: all are losses with the token.
         """
         config = self.config
         clean = pos + config.clean_noise_scale * noise[:, 3:6]
@@ -160,6 +162,7 @@ class SelfConditioned(nn.Module):
             # where: all molecules masked, the projection still gets a (zero) gradient, for DDP
             total = loss(torch.where(masked.unsqueeze(1), token, graph_emb), keep)
             return {"loss": total, "loss_noise": total}
+        graph_emb = token if config.mask_probability >= 1 else graph_emb
         total = loss(graph_emb)
         losses = {"loss": total, "loss_noise": total, "loss_noise_masked": loss(token)}
         return losses | ({"loss_noise_shuffled": loss(graph_emb.roll(1, 0))} if shuffle else {})

@@ -32,6 +32,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+from beyond.painn import refuse_norms
 from model import Linear, safe_norm, scatter_mean, scatter_sum, take
 
 # ---------------------------------------------------------------- tokens
@@ -218,6 +219,7 @@ class UniMol(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        refuse_norms(config)
         self.config = config
         channels, num_heads, num_rbf = config.embedding_dimension, config.num_heads, config.num_rbf
         self.register_buffer("token_of", token_table(), persistent=False)

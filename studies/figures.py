@@ -55,7 +55,7 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    least = [least_cell(column, [row.get(column, ()) for row in rows.values()]) for column in columns]
+    least = [least_cell(name, [row.get(name, ()) for row in rows.values()]) for name in columns]
     if kind_of(study) == "family" and any(least):
         yield f"| the least difference that can be seen | {' | '.join(least)} |"
 
@@ -122,10 +122,10 @@ def draw(study, results):
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
-def use_of_g(val):
-    """By how much another molecule's g raises the loss that g is for, in %; None without g."""
+def use_of_g(val, instead="shuffled"):
+    """By how much another molecule's g, or the token, raises the loss that g is for, in %; or None."""
     loss = "loss_rec" if "loss_rec" in val else "loss_noise"
-    other = val.get(f"{loss}_shuffled")
+    other = val.get(f"{loss}_{instead}")
     return None if other is None else 100 * (other / val[loss] - 1)
 
 
@@ -185,6 +185,7 @@ def readings_rows(results):
 FAMILY = {  # of a pretraining run
     "loss_noise": lambda run: run["val"].get("loss_noise"),
     "use of g, %": lambda run: use_of_g(run["val"]),
+    "the same, mask token, %": lambda run: use_of_g(run["val"], "masked"),
     "LLC": lambda run: medians(run, "graph")[-1] if "graph_0" in run else None,
     "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1] if "graph_0.04" in run else None,
 }
@@ -193,7 +194,7 @@ FINETUNED = ("forces_mae", "mae_ridge", "expt_rmse", "exp_rmse", "_mae")
 
 
 def family_rows(results):
-    """As rows_of: of pretraining runs, and of what was fine-tuned from them, <task>_<arm>_s<seed>."""
+    """As rows_of: of pretraining runs, and of what was fine-tuned from them, <task>_<arm>_s<n>."""
     rows = rows_of([run for run in results if "objective" in run], FAMILY)
     rows = {arm.removesuffix("_rms"): row for arm, row in rows.items()}
     for run in (run for run in results if "objective" not in run):

@@ -25,6 +25,7 @@ import finetune
 import lipschitz
 import pretrain
 from beyond.painn import GaussianSmearing, PaiNN
+from harness.errors import InputError
 from model import ModelConfig, cosine_cutoff, load_encoder, radius_graph
 
 
@@ -315,6 +316,15 @@ def test_the_layers_say_that_compiling_pays(device):
 
 
 COMPILED = ("acetamide", "aspirin", "CH4", "one atom")  # several sizes, and no pair at all
+
+
+@pytest.mark.parametrize("backbone", ["painn", "unimol"])
+@pytest.mark.parametrize("setting", ["vec_norm_layer=whiten", "x_norm_layer=false"])
+def test_a_norm_that_it_does_not_have_is_refused(backbone, setting, tiny):
+    """It would be an ablation without an effect."""
+    with pytest.raises(InputError, match=f"model.{setting.partition('=')[0]} = .* has no such part") as caught:
+        pretrain.main([str(tiny), f"model.backbone={backbone}", f"model.{setting}"])
+    assert caught.value.code == 2 and not Path("out").exists()
 
 
 @pytest.mark.parametrize("objective", ["coord", "georecon"])

@@ -75,6 +75,8 @@ def test_without_g_it_is_coord_on_its_network(device):
     assert with_g.item() == pytest.approx(alone.item(), rel=1e-12)
     for p, q in zip(torch.autograd.grad(with_g, weights), torch.autograd.grad(alone, weights), strict=True):
         assert torch.allclose(p, q, rtol=1e-9, atol=1e-14)
+    for loss in scd.eval()(z, pos, batch, noise, B, shuffle=True).values():  # validated without g, too
+        assert loss.item() == pytest.approx(alone.item(), rel=1e-12)
 
 
 def test_no_condition_is_the_mask_token(device):
