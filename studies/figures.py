@@ -190,7 +190,7 @@ FAMILY = {  # of a pretraining run
     "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1] if "graph_0.04" in run else None,
 }
 # of a fine-tuning run its first error that ends so
-FINETUNED = ("forces_mae", "mae_ridge", "expt_rmse", "exp_rmse", "_mae")
+FINETUNED = ("forces_mae", "mae_ridge", "targets_mae", "expt_rmse", "exp_rmse", "_mae")
 
 
 def family_rows(results):
