@@ -325,7 +325,7 @@ def load_property_model(path, device="cpu"):
         about = content["property"]
         known = about["reduce"] in ("sum", "mean") and (about["name"] + about["unit"]).isprintable()
         if not known or not all(type(z) is int for z in about["elements"]):
-            raise ValueError(f"its property is {about}")
+            raise ValueError("its name or unit is no word, its reduce none of ours, or an element no number")
         encoder, T = new_encoder(build_config(ModelConfig, content["model"])), about["name"].count(",") + 1
         empty = (np.zeros((*size, T) if T > 1 else size) for size in ((encoder.config.max_z,), (), ()))
         model = PropertyModel(encoder, about["head"], about["reduce"], *empty)

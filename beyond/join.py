@@ -27,7 +27,7 @@ def stream(files):
 def join(files, out):
     """python data.py join A.h5 B.h5 [...] OUT.h5: files are data.Molecules."""
     if len({Path(file.path).stem for file in files}) < len(files):
-        raise InputError("two files have one name, which names their split: rename one", code=2)
+        raise InputError("two files have the same name, which names a split: rename one", code=2)
     paths = [file.path for file in files]
     attrs = {"name": " + ".join(file.name for file in files), "source": "\n".join(paths)}
     attrs["source_sha256"] = "\n".join(map(sha256, paths))
