@@ -187,20 +187,21 @@ class Labels:
         fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
         self.references = fit if has_references else np.zeros_like(fit)
         rest = self.raw[train] - counts @ self.references  # (M, T)
-        self.constant = (np.median if config.metric == "mae" else np.mean)(rest, 0)  # what a network has to beat
+        middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
         centred = config.target not in HEAD_OF or config.head == "pooler"  # not a length or a second moment
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
             self.std = np.maximum(self.std, 1e-3 * forces.square().mean().sqrt().item())
-        scales = zip(self.mean, self.std, units)
-        self.remark = "; ".join(f"mean {mean:.6g}, scale {std:.4g} {unit}" for mean, std, unit in scales)
+        self.remark = "; ".join(f"mean {m:.6g}, scale {s:.4g} {u}" for m, s, u in zip(self.mean, self.std, units))
         self.remark += f", {'after fitted' if has_references else 'no'} atom references"
         if has_references and np.linalg.matrix_rank(counts) < len(self.elements):
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
         elif not has_references and (grow := np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
             self.remark += f"; {', '.join(np.array(self.names)[grow])} grows with the molecule: try references=fit"
-        new = {n: molecules.composition(i, max_z, self.forces).any(0) & ~counts.any(0) for n, i in others.items()}
+        held_out = {n: molecules.composition(i, max_z, self.forces) for n, i in others.items()}  # (m, max_z) each
+        self.constant = {n: torch.from_numpy(c @ self.references + middle) for n, c in held_out.items()}  # (m, T) each
+        new = {n: c.any(0) & ~counts.any(0) for n, c in held_out.items()}
         if missing := " and ".join(f"{n} hold an element ({z.argmax()})" for n, z in new.items() if z.any()):
             raise InputError(f"{molecules.path}: {missing} that no training molecule has: take smaller parts")
         if not (self.std > 1e-12 * np.maximum(1.0, np.abs(self.mean))).all():
@@ -577,8 +578,7 @@ def finish(config, run, labels, molecules, parts, val, test, state, best_step, p
     """Say what came out, beside the paper's figures and what a constant does, and write metrics.json."""
     error = f"{'targets' if len(labels.names) > 1 else labels.name}_{config.metric}"
     for name, found in {"val": val, **test}.items():
-        y = molecules.composition(parts[name], len(labels.references)) @ labels.references + labels.constant
-        found[f"{error}_constant"] = errors_of(torch.from_numpy(y), molecules, parts[name], labels)[error]
+        found[f"{error}_constant"] = errors_of(labels.constant[name], molecules, parts[name], labels)[error]
     units = {name: labels.unit_of(name) for found in (val, *test.values()) for name in found}
     width = 2 + max(map(len, ("val", *test)))
     for split, found in {"val": val, **test}.items():
