@@ -75,6 +75,16 @@ def pad(token, pos, batch):
     return rows, scatter_sum(centred, slot, B * n).view(B, n, 3), slot
 
 
+def places(real):
+    """Where real (B, ...) is true, in order: -> (T,). Of mixed sizes most places are PAD: layers leave them out."""
+    return real.flatten().nonzero().squeeze(1)
+
+
+def spread(x, place, shape):
+    """Rows (T, C) to their places (T,) of shape, 0 elsewhere: -> (*shape, C). take(..., place) is the way back."""
+    return scatter_sum(x, place, math.prod(shape)).view(*shape, x.shape[-1])
+
+
 def steps(pos):
     """r_j - r_i and its length: pos (B, n, 3) -> (B, n, n, 3), (B, n, n)."""
     step = pos.unsqueeze(1) - pos.unsqueeze(2)
@@ -119,6 +129,8 @@ class Dense(Linear):
 class NonLinearHead(nn.Module):
     """W2 gelu(W1 x + b1) + b2: (..., C) -> (..., O)."""
 
+    compiles = True
+
     def __init__(self, channels, out):
         super().__init__()
         self.linear1, self.linear2 = Dense(channels, channels), Dense(channels, out)
@@ -128,12 +140,14 @@ class NonLinearHead(nn.Module):
 
 
 class GaussianLayer(nn.Module):
-    """Distances (B, n, n) and ordered pairs of tokens (B, n, n) -> G (B, n, n, K).
+    """Distances (P,) and ordered pairs of tokens (P,) -> G (P, K).
 
     DEVIATION: mu and s start uniform in (0, 3), a at 1 and b at 0. The public code sets that, too,
     and then redraws all four from N(0, 0.02). That makes Gaussians of width 0.0001 and less, and
     their derivatives are as steep. DEVIATION: in the dtype of pos, not always in float32.
     """
+
+    compiles = True
 
     def __init__(self, num_rbf):
         super().__init__()
@@ -145,26 +159,28 @@ class GaussianLayer(nn.Module):
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, distance, pair):
-        u = self.mul(pair) * distance.unsqueeze(-1) + self.bias(pair)  # (B, n, n, 1)
+        u = self.mul(pair) * distance.unsqueeze(-1) + self.bias(pair)  # (P, 1)
         steep = 1 / (math.sqrt(2) * (self.stds.weight.abs() + 1e-5))  # (1, K); products, as divisions cost more
-        bell = torch.exp(-((u - self.means.weight) * steep).square())  # (B, n, n, K)
+        bell = torch.exp(-((u - self.means.weight) * steep).square())  # (P, K)
         return bell * (steep / math.sqrt(3.14159))  # UPSTREAM models/unimol.py:394: so short a pi
 
 
 class SelfAttention(nn.Module):
-    """x (B, n, F), q (B, H, n, n) -> the increment of x, and q plus this layer's logits."""
+    """x (T, F), q (B, H, n, n), real (B, n), place (T,) -> the increment of x, and q plus this layer's logits."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.in_proj, self.out_proj = Dense(channels, 3 * channels), Dense(channels, channels)
 
-    def forward(self, x, pair, real):
-        query, key, value = (split(part, self.num_heads) for part in self.in_proj(x).chunk(3, dim=-1))
+    def forward(self, x, pair, real, place):
+        rows = spread(self.in_proj(x), place, real.shape)  # (B, n, 3F)
+        query, key, value = (split(part, self.num_heads) for part in rows.chunk(3, dim=-1))
         pair = pair + logits(query, key)
         # q stays finite: PAD is left out inside the softmax alone
         attention = pair.masked_fill(~real[:, None, None], -torch.inf).softmax(-1)  # (B, H, n, n)
-        return self.out_proj(product(attention, value).transpose(1, 2).flatten(2)), pair
+        rows = product(attention, value).transpose(1, 2).flatten(2)  # (B, n, F)
+        return self.out_proj(take(rows.flatten(0, 1), place)), pair
 
 
 def split(x, num_heads):
@@ -178,7 +194,7 @@ def logits(query, key):
 
 
 class Layer(nn.Module):
-    """x (B, n, F), q (B, H, n, n) -> x, q after one layer; the hidden layer has 4 F channels."""
+    """As SelfAttention, but -> x, q after one layer; the hidden layer has 4 F channels."""
 
     compiles = True
 
@@ -189,14 +205,14 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = Dense(channels, 4 * channels), Dense(4 * channels, channels)
         self.final_layer_norm = nn.LayerNorm(channels)
 
-    def forward(self, x, pair, real):
-        dx, pair = self.self_attn(self.self_attn_layer_norm(x), pair, real)
+    def forward(self, x, pair, real, place):
+        dx, pair = self.self_attn(self.self_attn_layer_norm(x), pair, real, place)
         x = x + dx
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x)))), pair
 
 
 class Transformer(nn.Module):
-    """The layers, and the norms before and after them."""
+    """The layers, and the norms before and after them; as Layer."""
 
     def __init__(self, channels, num_heads, num_layers):
         super().__init__()
@@ -204,10 +220,10 @@ class Transformer(nn.Module):
         self.final_head_layer_norm = nn.LayerNorm(num_heads)
         self.layers = nn.ModuleList(Layer(channels, num_heads) for _ in range(num_layers))
 
-    def forward(self, x, pair, real):
+    def forward(self, x, pair, real, place):
         x = self.emb_layer_norm(x)
         for layer in self.layers:
-            x, pair = layer(x, pair, real)
+            x, pair = layer(x, pair, real, place)
         return x, pair
 
 
@@ -242,11 +258,14 @@ class UniMol(nn.Module):
         """token (N,), pos (N, 3), batch (N,) -> Encoding, slot (N,)."""
         token, pos, slot = pad(token, pos, batch)  # (B, n), (B, n, 3)
         step, distance = steps(pos)
-        features = self.gbf(distance, token.unsqueeze(2) * NUM_TOKENS + token.unsqueeze(1))
-        first = self.gbf_proj(features).permute(0, 3, 1, 2)  # (B, H, n, n)
-        real = token != PAD
-        x, last = self.encoder(self.embed_tokens(token), first, real)
-        return Encoding(x, first, last, step, real), slot
+        pair = token.unsqueeze(2) * NUM_TOKENS + token.unsqueeze(1)  # (B, n, n)
+        real = token != PAD  # (B, n)
+        place = places(real.unsqueeze(2) & real.unsqueeze(1))  # (P,)
+        first = self.gbf_proj(self.gbf(take(distance.flatten(), place), take(pair.flatten(), place)))  # (P, H)
+        first = spread(first, place, pair.shape).permute(0, 3, 1, 2)  # (B, H, n, n)
+        place = places(real)  # (T,)
+        x, last = self.encoder(self.embed_tokens(take(token.flatten(), place)), first, real, place)
+        return Encoding(spread(x, place, real.shape), first, last, step, real), slot
 
     def invariant(self, code):
         """The x of all tokens: -> (B, n, F)."""

@@ -38,11 +38,13 @@ from beyond.unimol import (
     UniMol,
     logits,
     pad,
+    places,
     split,
+    spread,
     steps,
 )
 from harness.errors import InputError
-from model import scatter_mean
+from model import scatter_mean, take
 
 SHARE, LEFT, RANDOM = 0.15, 0.05, 0.05
 COORD, DIST, X_NORM, PAIR_NORM = 5, 10, 0.01, 0.01  # weights of the losses; that of token is 1
@@ -133,11 +135,13 @@ class UniMolDecoder(nn.Module):
         self.pair_norm, self.pair2coord = nn.LayerNorm(num_heads), NonLinearHead(num_heads, 1)
 
     def forward(self, x, code, graph_emb):
-        graph_emb = graph_emb.unsqueeze(1).expand_as(x)  # (B, n, F)
-        x, pair = self.combine(torch.cat([x, graph_emb], dim=-1)), code.last
+        place, shape = places(code.real), code.real.shape  # (T,)
+        x = torch.cat([x, graph_emb.unsqueeze(1).expand_as(x)], dim=-1)  # (B, n, 2F)
+        x, pair = self.combine(take(x.flatten(0, 1), place)), code.last  # (T, F)
         for layer in self.layers:
-            x, pair = layer(x, pair, code.real)
-        query, key = (split(part, self.num_heads) for part in self.query_key(self.norm(x)).chunk(2, dim=-1))
+            x, pair = layer(x, pair, code.real, place)
+        rows = spread(self.query_key(self.norm(x)), place, shape)  # (B, n, 2F)
+        query, key = (split(part, self.num_heads) for part in rows.chunk(2, dim=-1))
         change = (pair + logits(query, key) - code.first).permute(0, 2, 3, 1)  # (B, n, n, H)
         return code.weigh(self.pair2coord(self.pair_norm(change))).squeeze(-1)
 

@@ -78,9 +78,9 @@ NETWORKS = {  # SCD's network helps: is it the gate, or more parameters? Does it
     "georecon_adaptive": pretrain("objective=georecon", ADAPTIVE),
 }
 # Table 11's system, sized for two cores: by its own task, and with reconstruction
-UNIMOL = ["data=data/qm9_druglike.h5", "compile=true", "max_steps=3000", "lr_cosine_length=3000", "keep_steps=0"]
+UNIMOL = ["data=data/qm9_druglike.h5", "keep_steps=0"]
 UNIMOL = {f"unimol{k}": ["pretrain.py", f"configs/unimol_small{k}_pretrain.yaml", *UNIMOL] for k in ("", "_rec")}
-MOLNET = ["head=pooler", "max_steps=2000", "lr_cosine_length=2000", "lr_warmup_steps=130", "val_every=200"]
+MOLNET = ["head=pooler", "compile=true", "max_steps=1000", "lr_cosine_length=1000", "lr_warmup_steps=60"]
 MOLNET = {s: ["finetune.py", f"configs/molnet_{s}.yaml", *MOLNET] for s in ("freesolv", "lipo", "qm7", "qm8")}
 MOLNET_STARTS = {run: f"unimol/{run}" for run in UNIMOL}
 MOLNET_STARTS |= {"untrained": "unimol/unimol", "untrained_et": STARTS["coord"]}
