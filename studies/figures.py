@@ -38,6 +38,12 @@ def rows_of(results, columns):
     return rows
 
 
+def columns_of(rows):
+    """The columns of all rows that have a value somewhere, in order."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return [column for column in columns if any(row.get(column) for row in rows.values())]
+
+
 def cell(values):
     """Each seed's value; of three or more the mean ± the standard deviation."""
     if len(values) < 3:
@@ -50,7 +56,7 @@ def cell(values):
 def table(study, results):
     """Lines of markdown, an arm a line."""
     rows = rows_for(study, results)
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    columns = columns_of(rows)
     yield f"| arm | {' | '.join(columns)} |"
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
@@ -89,7 +95,7 @@ def rows_drawn(study, results):
     if kind == "smoothness":
         rows = rows_of(results, over_steps(results[0]))
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
-    return rows, shown or list(dict.fromkeys(column for row in rows.values() for column in row))
+    return rows, shown or columns_of(rows)
 
 
 def draw(study, results):
@@ -129,7 +135,8 @@ def use_of_g(val, instead="shuffled"):
     return None if other is None else 100 * (other / val[loss] - 1)
 
 
-LOSSES = {name: lambda run, name=name: run["val"].get(name) for name in ("loss_noise", "loss_rec", "loss_clean")}
+LOSSES = ("loss_noise", "loss_token", "loss_coord", "loss_dist", "loss_rec", "loss_clean")
+LOSSES = {name: lambda run, name=name: run["val"].get(name) for name in LOSSES}
 LOSSES["use of g, %"] = lambda run: use_of_g(run["val"])
 USE = {  # of g, in %, over the steps
     f"step {n:,}": lambda run, n=n: use_of_g(next(val for val in run["curve_val"] if val["step"] == n))
@@ -183,7 +190,7 @@ def readings_rows(results):
 
 
 FAMILY = {  # of a pretraining run
-    "loss_noise": lambda run: run["val"].get("loss_noise"),
+    **dict(list(LOSSES.items())[:4]),
     "use of g, %": lambda run: use_of_g(run["val"]),
     "the same, mask token, %": lambda run: use_of_g(run["val"], "masked"),
     "LLC": lambda run: medians(run, "graph")[-1] if "graph_0" in run else None,

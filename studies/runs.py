@@ -45,18 +45,14 @@ def pretrain(*more, steps=3000, kept=None):
     return ["pretrain.py", "configs/qm9_small.yaml", "compile=true", *length.split(), *more]
 
 
+def by_norms(norms, objectives, kept=None):
+    return {f"{o}_{n}": pretrain(f"objective={o}", *norms[n], kept=kept) for n in norms for o in objectives}
+
+
 OBJECTIVES = ("coord", "georecon", "rec_only")
-CONTROL = {
-    f"{name}_{norms}": pretrain(f"objective={name}", *settings, kept=(0, 100, 300, 1000, 3000))
-    for norms, settings in NORMS.items()
-    for name in OBJECTIVES
-}
+CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
-OUTPUT = {
-    f"{name}_{norms}": pretrain(f"objective={name}", *settings)
-    for norms, settings in (NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}).items()
-    for name in OBJECTIVES[:2]
-}
+OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT
 ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
@@ -87,6 +83,7 @@ MOLNET_STARTS |= {"untrained": "unimol/unimol", "untrained_et": STARTS["coord"]}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
 HOT = "data=data/md17_aspirin.h5"
+THERMAL = {"_coord": "objective=coord", "": "", "_no_g": "decoder_graph_emb=false", "_rec_only": "objective=rec_only"}
 # when is the graph embedding used: one factor at a time from the control's georecon_rms
 FACTORS = {
     **{f"alpha{alpha}": pretrain(f"alpha={alpha}") for alpha in (3, 8)},
@@ -95,17 +92,13 @@ FACTORS = {
     "no_g": pretrain("decoder_graph_emb=false"),  # what is left of GeoRecon without g
     "w_rec3": pretrain("w_rec=3"),
     **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
-    "thermal": pretrain(HOT),
-    "thermal_coord": pretrain(HOT, "objective=coord"),  # for comparison
-    "thermal_no_g": pretrain(HOT, "decoder_graph_emb=false"),
+    **{f"thermal{name}": pretrain(HOT, *more.split()) for name, more in THERMAL.items()},
     # together what helped; and Coord with the noise of alpha = 3: is it the noise alone?
     "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
-    "thermal_rec_only": pretrain(HOT, "objective=rec_only"),
     "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
 }
-THERMAL = {"coord": "_coord", "georecon": "", "no_g": "_no_g", "rec_only": "_rec_only"}
-THERMAL = {start: f"graph_embedding/thermal{end}" for start, end in THERMAL.items()}
+THERMAL_STARTS = {name[1:] or "georecon": f"graph_embedding/thermal{name}" for name in THERMAL}
 
 
 def from_own_seed(tasks, encoders, numbers=(1, 2)):
@@ -135,7 +128,7 @@ STUDIES = {
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1, 2), FACTORS),
     "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
-    "thermal": from_own_seed(FRAMES, THERMAL),  # does g help where used? Needs graph_embedding
+    "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help where used? Needs graph_embedding
 }
 # arms of other studies that a study is to be compared with
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
