@@ -64,8 +64,8 @@ FAMILY = {
     "coord_painn": pretrain("objective=coord", PAINN),
     "georecon_painn": pretrain("objective=georecon", PAINN),
 }
-STARTS = {"coord": "output_norm/coord_rms", "georecon": "output_norm/georecon_rms"}
-STARTS = {"untrained": STARTS["coord"], **STARTS} | {run: f"family/{run}" for run in FAMILY}
+STARTS = {"untrained": "output_norm/coord_rms"} | {o: f"output_norm/{o}_rms" for o in OBJECTIVES[:2]}
+STARTS |= {run: f"family/{run}" for run in FAMILY}
 STARTS |= {f"untrained_{network}": f"family/coord_{network}" for network in ("adaptive", "painn")}
 READOUT = {f"readout-{y}": probe(y) for y in ("H", "U0", "gap")}  # linear, of the frozen encoder
 NETWORKS = {  # SCD's network helps: is it the gate, or more parameters? Does it help GeoRecon?
@@ -151,18 +151,18 @@ def analyses(study, run):
     data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
     few = [*data, "num_molecules=32", "iterations=15"]
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
+
+    def llc(place, checkpoints, *how):
+        command = ["lipschitz.py", *checkpoints, *few, *how, f"out_dir={out}/{place}"]
+        return command, f"{out}/{place}/lipschitz.json", "summary"
+
     if study in READ:
         readings = READINGS if study == "output_norm" else READINGS[:1]
-        places = {f"{of}_{noise}": (of, noise) for of in readings for noise in (0, NOISES[-1])}
-        how = {name: [f"of={of}", f"position_noise_scale={noise}"] for name, (of, noise) in places.items()}
-        commands = {name: ["lipschitz.py", *steps, *few, *h, f"out_dir={out}/{name}"] for name, h in how.items()}
-        return {name: (run, f"{out}/{name}/lipschitz.json", "summary") for name, run in commands.items()}
-    smoothness = ["lipschitz.py", *steps, *few, f"out_dir={out}/clean"]
-    found = {"smoothness": (smoothness, f"{out}/clean/lipschitz.json", "summary")}
-    for name, noise in ((f"noised_{noise}", noise) for noise in NOISES):
-        where = [f"position_noise_scale={noise}", f"out_dir={out}/{name}"]
-        noised = ["lipschitz.py", f"{out}/last.pt", *few, *where]
-        found[name] = noised, f"{out}/{name}/lipschitz.json", "summary"
+        places = [(of, noise) for of in readings for noise in (0, NOISES[-1])]
+        return {f"{of}_{n}": llc(f"{of}_{n}", steps, f"of={of}", f"position_noise_scale={n}") for of, n in places}
+    found = {"smoothness": llc("clean", steps)}
+    last = [f"{out}/last.pt"]
+    found |= {f"noised_{n}": llc(f"noised_{n}", last, f"position_noise_scale={n}") for n in NOISES}
     if given.get("objective") != "coord" and given.get("decoder_graph_emb") != "false":
         use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
         found["graph_embedding"] = use, f"{out}/use/graph_embedding.json", "checkpoints"
