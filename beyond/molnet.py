@@ -1,7 +1,8 @@
 """Molecules from SMILES: a csv of MoleculeNet or of your own, conformers and a scaffold split.
 
-    python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..." [smiles=smiles] [conformers=1] [seed=0]
+    python data.py molnet FILE.csv OUT.h5 "labels=NAME:UNIT,..." [smiles=COLUMN] [conformers=1] [seed=0]
     FILE.csv: a header, a column of SMILES, columns of numbers; also .tsv, with semicolons, .gz
+    smiles=: without it the column of that name, or the only one with SMILES in its name
 
 RDKit embeds each molecule (ETKDGv3) and relaxes it (MMFF94; UFF where that lacks parameters). The
 result depends on seed and RDKit's version alone. Conformer k has the seed `seed + k`, so that the
@@ -34,7 +35,9 @@ from harness.errors import InputError, explain, need, one_line
 from harness.files import check_file, check_new, sha256
 
 USAGE = "python data.py molnet FILE.csv OUT.h5 labels=NAME:UNIT,... [smiles=NAME] [conformers=1] [seed=0]"
-KEY = re.compile(r"(?:^|\s)(smiles|labels|conformers|seed|targets|unit)=")
+KEYS = "smiles labels conformers seed targets unit"
+KEY = re.compile(rf"(?:^|\s)({KEYS.replace(' ', '|')})=")
+UNITS = {"unit", "units", "standard unit", "standard units"}  # columns that say the unit of each row
 SPLITS = ("train", "val", "test")
 NO_SPLIT = "none, a part would be empty; give finetune.py train_size, val_size or test_size"
 STEPS = 2000  # of the force field. After RDKit's 200 two of three drug-like molecules still move
@@ -62,12 +65,15 @@ def table(path):
         with io.TextIOWrapper(open_raw(path), encoding, "replace", newline="") as file:
             delimiter = max(",;\t", key=first.count)
             lines = csv.reader(file, delimiter=delimiter, strict=True)
-            for row in lines:
-                if any("\n" in cell and delimiter in cell for cell in row):
-                    told = f"{path}: line {lines.line_num}: a cell with a line break and a {delimiter!r} inside"
-                    raise InputError(f"{told}: is a quote open before it? Remove it")
-                if row:
-                    yield [cell.strip() for cell in row]
+            try:
+                for row in lines:
+                    if any("\n" in cell and delimiter in cell for cell in row):
+                        raise csv.Error(f"a cell with a line break and a {delimiter!r} inside")
+                    if row:
+                        yield [cell.strip() for cell in row]
+            except csv.Error as error:
+                told = f"{path}: line {lines.line_num}: {error}"
+                raise InputError(f"{told}: is a quote open before it? Remove it") from None
 
 
 def find_columns(path, smiles, names):
@@ -77,16 +83,37 @@ def find_columns(path, smiles, names):
     columns twice, with two basis sets; the literature takes the first.
     """
     header = next(table(path), [])
+    if not header:
+        raise InputError(f"{path}: no header, a first row of names", code=2)
     there = ", ".join(header[:40]) + ", ..." * (len(header) > 40)
     if not names:
         raise InputError(f"{path}: which numbers? labels=NAME:UNIT,... of its columns: {there}", code=2)
     if not smiles:
-        smiles = next((name for name in header if name.lower() == "smiles"), "smiles")
+        alike = {name for name in header if name.lower() == "smiles"}
+        alike = alike or {name for name in header if "smiles" in name.lower()}
+        if len(alike) > 1:
+            told = f"{path}: which column has the SMILES, {' or '.join(sorted(alike))}?"
+            raise InputError(f"{told} Call it smiles, or name it with smiles= of data.py", code=2)
+        smiles = min(alike, default="smiles")
     for name in (smiles, *names):
         if name not in header:
-            raise InputError(f"{path}: no column {name!r}; there are: {there or 'none'}", code=2)
-    twice = [f"column {name} stands {n} times: the first was read" for name in names if (n := header.count(name)) > 1]
+            end = ". Its letters are not UTF-8: save it as such" * ("\ufffd" in there)
+            raise InputError(f"{path}: no column {name!r}; there are: {there}{end}", code=2)
+    counts = {name: header.count(name) for name in (smiles, *names)}
+    twice = [f"column {name} stands {n} times: the first was read" for name, n in counts.items() if n > 1]
     return len(header), header.index(smiles), {name: header.index(name) for name in names}, twice
+
+
+def check_unit_column(path):
+    """Refuse a table whose column `unit` says that the rows have different ones."""
+    header = next(table(path))
+    for place, name in enumerate(header):
+        if name.lower().replace("_", " ") not in UNITS:
+            continue
+        units = {row[place] for row in table(path) if len(row) == len(header)} - {"", name}
+        if len(units) > 1:
+            told = f"{path}: column {name} has {', '.join(sorted(units)[:5])}"
+            raise InputError(f"{told}: bring all rows to one unit and leave it out")
 
 
 def read_rows(path, width, smiles, places):
@@ -121,17 +148,24 @@ def parse(smiles):
 
 
 def scaffolds(items):
-    """[(row, SMILES, cells)] -> [(row, chiral Bemis-Murcko scaffold, cells)]; None: no use."""
+    """[(row, SMILES, cells)] -> [(row, molecule, chiral Bemis-Murcko scaffold, cells)]; None: no use.
+
+    A molecule is its canonical SMILES without isotopes and atom maps, which no network sees.
+    """
+    from rdkit import Chem
     from rdkit.Chem.Scaffolds import MurckoScaffold
 
     found = []
     for key, smiles, cells in items:
         mol, _ = parse(smiles)
+        for atom in mol.GetAtoms() if mol else ():
+            atom.SetIsotope(0)
+            atom.SetAtomMapNum(0)
         try:
             scaffold = mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True)
         except (RuntimeError, ValueError):
             scaffold = smiles  # RDKit finds none: a group of its own
-        found.append((key, scaffold, cells))
+        found.append((key, mol and Chem.MolToSmiles(mol), scaffold, cells))
     return found
 
 
@@ -152,27 +186,43 @@ def split_scaffolds(groups):
 
 
 def survey(path, columns, asked):
-    """Look through the table before hours of work -> {row: split}; {} if a part would be empty."""
+    """Look through the table before hours of work -> {row: split}, notes. {}: a part would be empty."""
     groups, values = {}, {name: array("d") for name in columns[2]}
+    num_rows, num_whole = 0, 0
+    first, again = {}, []  # the first row of each molecule, and the others
+    number, texts = Counter(), {}  # of cells that are no numbers, and the first of each column
     rows = tqdm(read_rows(path, *columns), unit=" rows", desc="scaffolds", disable=None)
-    for key, scaffold, cells in parallel(scaffolds, rows):
+    for key, molecule, scaffold, cells in parallel(scaffolds, rows):
         if scaffold is not None:
             groups.setdefault(scaffold, array("q")).append(key)
+            if first.setdefault(molecule, key) != key:
+                again.append(f"row {first[molecule]} in row {key}")
+        num_rows, num_whole = num_rows + 1, num_whole + bool(cells)
         for name, cell in cells.items():
+            if cell and not NUMBER.fullmatch(cell):
+                number[name] += 1
+                texts.setdefault(name, f"such as {cell[:40]!r} in row {key}")
             if re.fullmatch(r"[-+−]?[\d.,]*\d[\d.,]*(e[-+−]?\d+)?", cell, re.I) and not NUMBER.fullmatch(cell):
                 told = f"{path}: row {key}: {name} is {cell!r}"
                 raise InputError(f"{told}: write numbers with a decimal point and no other mark")
             values[name].extend(numbers({name: cell}).values())
+    if num_rows and not num_whole:
+        told = f"{path}: no row has as many cells as the header, {columns[0]}"
+        raise InputError(f"{told}: does a comma end each row?")
     for name, unit in asked.values():
         known = np.array(values[name])
         known = known[np.isfinite(known)]
         if len(known) == 0:
-            raise InputError(f"{path}: column {name} has no number", code=2)
+            found = f", but text {texts[name]}" if name in texts else ""
+            raise InputError(f"{path}: column {name} has no number{found}", code=2)
         # DeepChem's freesolv.csv.gz is so: what a model learns of it has no unit that anyone knows
         if unit != "1" and len(known) > 9 and abs(known.mean()) < 0.02 and abs(known.std() - 1) < 0.02:
             told = f"{path}: {name} has mean {known.mean():.3f} and standard deviation {known.std():.3f}"
             raise InputError(f"{told}: standardised, so not in {unit}. Take the raw values, or write {name}:1")
-    return split_scaffolds(groups)
+    notes = [f"{name}: {n} of its cells are no numbers, {texts[name]}" for name, n in number.items()]
+    if again:
+        notes.append(f"{len(again)} rows have a molecule that stood before, such as that of {again[0]}")
+    return split_scaffolds(groups), notes
 
 
 # ---------------------------------------------------------------- conformers
@@ -260,8 +310,6 @@ def read_smiles(path):
     """Molecules of a csv's SMILES, a conformer each, with its numbers as tags, for tools/."""
     need("rdkit", "making conformers")
     header = next(table(path), [])
-    if not header:
-        raise InputError(f"{path}: no header, a first row of names")
     *columns, twice = find_columns(path, "", header)
     for note in dict.fromkeys(twice):
         print(f"  {note}")
@@ -287,6 +335,9 @@ def read_smiles(path):
 
 def parse_keys(words):
     """Words after OUT.h5, in any order and perhaps without their quotes -> {key: text}."""
+    keylike = [word for word in words if re.match(r"\w+=", word) or word.lower() in KEYS.split()]
+    if strange := [word for word in keylike if not KEY.match(word)]:
+        raise InputError(f"{strange[0]!r} is no key, usage: {USAGE}", code=2)
     first, *rest = KEY.split(" ".join(words))
     keys = dict(zip(rest[::2], map(str.strip, rest[1::2])))
     if {"targets", "unit"} & keys.keys():
@@ -294,8 +345,9 @@ def parse_keys(words):
         told = ",".join(f"{name.strip()}:{unit}" for name in names)
         raise InputError(f"targets and their unit are written labels={told} here", code=2)
     keys = {"smiles": "", "labels": "", "conformers": "1", "seed": "0"} | keys
-    sound = re.fullmatch(r"[1-9]\d{0,2}", keys["conformers"]) and re.fullmatch(r"\d{1,9}", keys["seed"])
-    if first.strip() or len(rest) // 2 > len({*rest[::2]}) or not sound:
+    if not re.fullmatch(r"[1-9]\d{0,2}", keys["conformers"]) or not re.fullmatch(r"\d{1,9}", keys["seed"]):
+        raise InputError("conformers is 1 to 999, seed a number from 0", code=2)
+    if first.strip() or len(rest) // 2 > len({*rest[::2]}):
         raise InputError(f"usage: {USAGE}", code=2)
     return keys
 
@@ -305,10 +357,11 @@ def from_csv(path, out, *words):
     keys, path, out = parse_keys(words), Path(path), Path(out)
     asked = parse_labels(keys["labels"])
     check_new(out, kinds=(".h5",))
-    check_file(path, "download it first")
+    check_file(path, "give a csv with a header")
     rdkit = need("rdkit", "making conformers")
     *columns, twice = find_columns(path, keys["smiles"], [name for name, _ in asked.values()])
-    split = survey(path, columns, asked)
+    check_unit_column(path)
+    split, notes = survey(path, columns, asked)
     num, seed = int(keys["conformers"]), int(keys["seed"])
     told = {key: text for key, text in keys.items() if text}
     command = ["python", "data.py", "molnet", path.name, out.name, *(f"{k}={v}" for k, v in told.items())]
@@ -328,5 +381,6 @@ def from_csv(path, out, *words):
         sizes = {name: len(np.unique(ids[file[f"split/{name}"][:]])) for name in SPLITS if f"split/{name}" in file}
     if num > 1:
         print(f"  {len(np.unique(ids)):,} rows of the csv, {len(ids) / len(np.unique(ids)):.1f} conformers of each")
+    print(*(f"  {note}" for note in notes), sep="\n", end="\n" * bool(notes))
     shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     print(f"  split by scaffold: {shown or NO_SPLIT}")

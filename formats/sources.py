@@ -380,10 +380,11 @@ def parse_labels(text):
     entries = [entry.rpartition(":") for entry in text.removeprefix("labels=").split(",") if text]
     pairs = [(name.strip(), unit.strip()) for name, _, unit in entries]
     asked = {f"y/{name.replace('/', '_')}": (name, unit) for name, unit in pairs}
-    sound = [n.strip(".") and u and (n + u).isprintable() and len(n + u) < 200 for n, u in pairs]
+    sound = [n.strip(".") and u and (n + u).isprintable() and len(n + u) < 200 and "=" not in u for n, u in pairs]
     if len(asked) < len(pairs) or not all(sound):
         raise InputError(f"{text[:200]!r}: write labels=NAME:UNIT,NAME:UNIT, each name once", code=2)
-    if told := [f"{n} says {m[1]}" for n, u in pairs if (m := re.search(r"[\[(](.+)[\])]$", n)) and m[1] != u]:
+    bare = [(n, re.sub(r"^(?:log|ln)\w*(?: (.+)|\((.+)\))$", r"\1\2", u)) for n, u in pairs]  # log mol/L -> mol/L
+    if told := [f"{n} says {m[1]}" for n, u in bare if (m := re.search(r"[\[(](.+)[\])]$", n)) and m[1] != u]:
         raise InputError(f"{text}: the name {told[0]}: write that as its unit", code=2)
     if taken := asked.keys() & {f"y/{name}" for name in EV}:
         raise InputError(f"{text}: {min(taken)[2:]} is a dataset of its own: name it otherwise", code=2)

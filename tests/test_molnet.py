@@ -221,7 +221,7 @@ def test_split_is_the_published_rule():
 def test_split_tells_scaffolds_apart_by_their_chirality():
     """Mirror images with the stereocentre in the scaffold are two; with it in a side chain they are one."""
     pairs = ["c1ccccc1[C@H]2CCCO2", "c1ccccc1[C@@H]2CCCO2", "C[C@H](O)Cc1ccccc1", "C[C@@H](O)Cc1ccccc1"]
-    found = [scaffold for _, scaffold, _ in scaffolds([(k, smiles, {}) for k, smiles in enumerate(pairs)])]
+    found = [scaffold for _, _, scaffold, _ in scaffolds([(k, smiles, {}) for k, smiles in enumerate(pairs)])]
     assert found[0] != found[1] and found[2] == found[3] == "c1ccccc1"
 
 
@@ -264,6 +264,20 @@ def test_another_column_of_smiles_and_lost_quotes(convert):
     assert m.units == {"log S": "log mol/L"} and atoms(m, 0)[0].count(6) == 2
 
 
+def test_the_only_column_with_smiles_in_its_name_and_the_log_of_a_unit(convert):
+    text = rows("x,CCO,1", "x,CC,<5", "x,OCC,2", head="id,Canonical_SMILES,S (M)")
+    m, out = convert(text, "labels=S (M):log M")
+    assert m.units == {"S (M)": "log M"} and atoms(m, 0)[0].count(6) == 2
+    assert "S (M): 1 of its cells are no numbers, such as '<5' in row 1" in out
+    assert "1 rows have a molecule that stood before, such as that of row 0 in row 2" in out
+
+
+def test_isotopes_and_atom_maps_make_no_scaffold_of_their_own():
+    toluenes = ["c1ccccc1C", "[cH:1]1[cH:2][cH:3][cH:4][cH:5]c1C", "[13cH]1ccccc1C"]
+    found = scaffolds([(0, smiles, {}) for smiles in toluenes])
+    assert found == [(0, "Cc1ccccc1", "c1ccccc1", {})] * 3
+
+
 # --- what is refused ---
 
 
@@ -285,14 +299,25 @@ def test_a_standardised_label_is_refused(refused, convert):
         (FREESOLV, [], 2, "which numbers? labels=NAME:UNIT,... of its columns: smiles, expt"),
         (FREESOLV, ["targets=expt", "unit=kcal/mol"], 2, "are written labels=expt:kcal/mol here"),
         (FREESOLV, ["labels=expt"], 2, "write labels=NAME:UNIT"),
-        (FREESOLV, [EXPT, "conformers=0"], 2, "usage: python data.py molnet"),
-        (FREESOLV, [EXPT, "seed=x"], 2, "usage: python data.py molnet"),
+        (FREESOLV, [EXPT, "conformers=0"], 2, "conformers is 1 to 999, seed a number from 0"),
+        (FREESOLV, [EXPT, "seed=x"], 2, "conformers is 1 to 999, seed a number from 0"),
+        (FREESOLV, [EXPT, "conformer=3"], 2, "'conformer=3' is no key, usage: python data.py"),
+        (FREESOLV, [EXPT, "Conformers=3"], 2, "'Conformers=3' is no key"),
+        (FREESOLV, [EXPT, "conformers", "3"], 2, "'conformers' is no key"),
+        (FREESOLV, ["labels=expt:kcal/mol smile=smiles"], 2, "write labels=NAME:UNIT"),
         (FREESOLV, [EXPT, EXPT], 2, "usage: python data.py molnet"),
         (FREESOLV, ["expt", EXPT], 2, "usage: python data.py molnet"),
         (FREESOLV, ["labels=smiles:1"], 2, "column smiles has no number"),
         (rows("C;1,5", "CC;2", head="smiles;y"), ["labels=y:eV"], 1, "row 0: y is '1,5': write numbers with a decimal"),
         (rows("[H][H],1", "xx,2"), ["labels=y:eV"], 1, "no molecule that can be used (no atom but hydrogen: 1; RDKit"),
-        ("", ["labels=y:eV"], 2, "no column 'smiles'; there are: none"),
+        (rows("C,C,1", head="SMILES,smiles,y"), ["labels=y:1"], 2, "the SMILES, SMILES or smiles?"),
+        (rows("C,5 %", "CC,6 %"), ["labels=y:1"], 2, "y has no number, but text such as '5 %' in row 0"),
+        (rows("C,1,", "CC,2,"), ["labels=y:1"], 1, "as the header, 2: does a comma end each row?"),
+        (rows('C,"1', "CC,2"), ["labels=y:1"], 1, "line 3: unexpected end of data: is a quote open"),
+        ("smiles,höhe\nC,1\n".encode("latin-1"), ["labels=höhe:m"], 2, "letters are not UTF-8"),
+        (rows("C,1,nM", "CC,2,uM", head="smiles,y,Units"), ["labels=y:nM"], 1, "Units has nM, uM"),
+        (FREESOLV.replace("expt", "S (M)"), ["labels=S (M):mM"], 2, "the name S (M) says M"),
+        ("", ["labels=y:eV"], 2, "no header, a first row of names"),
         ("smiles,y\n", ["labels=y:eV"], 2, "column y has no number"),
         (b"PK\3\4\0\0\0", ["labels=y:eV"], 1, "not a text file: export the table as csv"),
         (gzip.compress(FREESOLV.encode())[:-20], [EXPT], 1, "damaged, cut off or not the right kind of file"),

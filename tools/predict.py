@@ -88,8 +88,7 @@ def predict(checkpoint, source, out):
     for mol in molecules:
         where = f"{source}: molecule {mol['id']}"
         if why := untrained(about, mol["z"]):
-            said = f"{where}: {why}"
-            print(f"  left out: {said}")
+            print(f"  left out: {where}: {why}")
             continue
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
         with explain(where, InputError):
@@ -110,7 +109,7 @@ def predict(checkpoint, source, out):
             atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
         written.append(atoms)
     if not written:
-        raise InputError(said)
+        raise InputError(f"{source}: no molecule is left: {why}")
     write_whole(Path(out), lambda path: ase_io.write(str(path), written, format="extxyz"))
     kind = f"{about['name']} and forces" if about["target"] == "energy_forces" else about["name"]
     print(f"{out}: {kind} of {len(written)} molecules")
