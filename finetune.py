@@ -201,9 +201,10 @@ class Labels:
             self.remark += f"; {', '.join(np.array(self.names)[grow])} grows with the molecule: try references=fit"
         held_out = {n: molecules.composition(i, max_z, self.forces) for n, i in others.items()}  # (m, max_z) each
         self.constant = {n: torch.from_numpy(c @ self.references + middle) for n, c in held_out.items()}  # (m, T) each
-        new = {n: c.any(0) & ~counts.any(0) for n, c in held_out.items()}
-        if missing := " and ".join(f"{n} hold an element ({z.argmax()})" for n, z in new.items() if z.any()):
-            raise InputError(f"{molecules.path}: {missing} that no training molecule has: take smaller parts")
+        new = {n: i[held_out[n][:, ~counts.any(0)].any(1)] for n, i in others.items()}  # with elements of their own
+        if told := [f"{n} has {len(i)} (the first has id {molecules.ids[i[0]]})" for n, i in new.items() if len(i)]:
+            told = f"{molecules.path}: molecules with an element that no training molecule has: {', '.join(told)}"
+            raise InputError(f"{told}; leave them out of the file, or split it otherwise")
         if not (self.std > 1e-12 * np.maximum(1.0, np.abs(self.mean))).all():
             raise InputError(f"{molecules.path}: {self.name} is the same for all {len(train)} training molecules")
 
@@ -580,13 +581,12 @@ def finish(config, run, labels, molecules, parts, val, test, state, best_step, p
     for name, found in {"val": val, **test}.items():
         found[f"{error}_constant"] = errors_of(labels.constant[name], molecules, parts[name], labels)[error]
     units = {name: labels.unit_of(name) for found in (val, *test.values()) for name in found}
-    width = 2 + max(map(len, ("val", *test)))
     for split, found in {"val": val, **test}.items():
         for name, value in found.items():
             end = f"_{split}_{name}"
             theirs = [f"{key.removesuffix(end)} {v:g}" for key, v in config.paper.items() if key.endswith(end)]
             beside = f"   in the paper: {', '.join(theirs)}" if theirs else ""
-            run.say(f"{split:<{width}}{name:<24}{value:>12.5g} {units.get(name, '')}{beside}")
+            run.say(f"{split:<12} {name:<24}{value:>12.5g} {units.get(name, '')}{beside}")
     figures = {"test": test, "val": val, "units": units, "paper": config.paper, "target": config.target}
     figures |= {"best_step": best_step, "parameters": parameters, "molecules": {n: len(i) for n, i in parts.items()}}
     run.finish(**figures, init_from=config.init_from, init_sha256=state["init_sha256"])
