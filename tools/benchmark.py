@@ -5,7 +5,7 @@
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
 pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2
-family     a step of each objective and backbone, 25 molecules as in App. J; frad needs rotors
+family     a step of each objective, 25 molecules as in App. J, with whitening, on PaiNN; frad needs rotors
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
 
@@ -154,7 +154,10 @@ def contenders(what, model_config, file, number, training, config, device):
 
 
 OBJECTIVES = {"coord": {"objective": "coord"}, "georecon": {}, "georecon, alpha 1.2": {"alpha": 1.2}}
-FAMILY = OBJECTIVES | {name: {"objective": name} for name in ("rec_only", "frad", "scd")}
+FAMILY = OBJECTIVES | {name: {"objective": name} for name in ("rec_only", "frad")}
+FAMILY["scd"] = {"objective": "scd", "model": ModelConfig(backbone="adaptive")}
+COMPILED = {"": {}, ", compiled": {"compile": True}}
+NETWORKS = {", whiten": {"model": ModelConfig(**WHITEN)}, ", painn": {"model": ModelConfig(backbone="painn")}}
 
 
 def pretraining_step(device, molecules_of, **settings):
@@ -173,32 +176,20 @@ def pretraining_step(device, molecules_of, **settings):
     return step
 
 
-def pretrain_contenders(config, device):
-    """A step of each objective, uncompiled and compiled."""
-    step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=50)
-    names = {f"{name}, compiled" if c else name: (name, c) for name, c in product(OBJECTIVES, (False, True))}
-    return {full: step(compile=c, **OBJECTIVES[name]) for full, (name, c) in names.items()}
-
-
-def family_contenders(config, device):
-    """A step of each objective, then with whitening in every layer, then on PaiNN."""
+def pretrain_contenders(objectives, kinds, batch_size, config, device):
+    """A step of each objective in each kind of settings; of frad if there are rotors."""
     with h5py.File(config.small, "r") as file:
-        names = [name for name in FAMILY if name != "frad" or "rotor" in file]
-    step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=25)
-    steps = {}
-    for kind, more in {"": {}, ", whiten": WHITEN, ", painn": {"backbone": "painn"}}.items():
-        for name in names:
-            backbone = {"backbone": "adaptive"} if name == "scd" else {}
-            if not (backbone and "backbone" in more):
-                steps[name + kind] = step(**FAMILY[name], model=ModelConfig(**backbone | more))
-    return steps
+        names = [name for name in objectives if name != "frad" or "rotor" in file]
+    step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=batch_size)
+    pairs = [(n, kind) for kind, n in product(kinds, names) if not objectives[n].keys() & kinds[kind].keys()]
+    return {n + kind: step(**objectives[n], **kinds[kind]) for n, kind in pairs}
 
 
 PAIRS = list(product(("small", "larger"), ("forward", "step")))
 WORKLOADS = {
     "encoder": {f"encoder, {f}, {k}": partial(contenders, encode, WIDE, f, 50, k == "step") for f, k in PAIRS},
-    "pretrain": {"pretrain": pretrain_contenders},
-    "family": {"family": family_contenders},
+    "pretrain": {"pretrain": partial(pretrain_contenders, OBJECTIVES, COMPILED, 50)},
+    "family": {"family": partial(pretrain_contenders, FAMILY, {"": {}} | NETWORKS, 25)},
     "forces": {f"forces, {n} frames": partial(contenders, energy_and_forces, FORCES, "md17", n, True) for n in (4, 32)},
     "md": {"md, 1 frame": partial(contenders, energy_and_forces, FORCES, "md17", 1, False)},
 }
