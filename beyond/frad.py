@@ -142,7 +142,7 @@ class Frad(nn.Module):
         self.noise_head = EquivariantVectorOutput(config.model.embedding_dimension)
 
     def forward(self, z, pos, batch, noise, num_molecules, shuffle=False, bond=None, fragment=None):
-        """noise (N, 4), standard normal: eps / sigma, and angle / tau of the rotor whose k it is."""
+        """noise (N, 4), standard normal: eps / sigma, and angle / tau of the rotor k."""
         eps, twist = noise[:, :3], noise[:, 3]  # (N, 3), (N,)
         tau = math.radians(self.config.dihedral_angle_noise_scale)
         pos = turn(pos, bond, fragment, tau * twist[bond[:, 1]])  # each rotor has a k of its own

@@ -37,7 +37,7 @@ from harness.files import check_file, check_new, sha256
 USAGE = "python data.py molnet FILE.csv OUT.h5 labels=NAME:UNIT,... [smiles=NAME] [conformers=1] [seed=0]"
 KEYS = "smiles labels conformers seed targets unit"
 KEY = re.compile(rf"(?:^|\s)({KEYS.replace(' ', '|')})=")
-UNITS = {"unit", "units", "standard unit", "standard units"}  # columns that say the unit of each row
+UNITS = {"unit", "units", "standard unit", "standard units"}  # columns of units
 SPLITS = ("train", "val", "test")
 NO_SPLIT = "none, a part would be empty; give finetune.py train_size, val_size or test_size"
 STEPS = 2000  # of the force field. After RDKit's 200 two of three drug-like molecules still move
@@ -117,7 +117,7 @@ def check_unit_column(path):
 
 
 def read_rows(path, width, smiles, places):
-    """(row, SMILES, {name: cell}) of each row; None for SMILES if it has too many or too few cells."""
+    """(row, SMILES, {name: cell}) of each row; no SMILES (None) if it has more or fewer cells."""
     rows = table(path)
     next(rows)
     for key, row in enumerate(rows):
@@ -148,7 +148,7 @@ def parse(smiles):
 
 
 def scaffolds(items):
-    """[(row, SMILES, cells)] -> [(row, molecule, chiral Bemis-Murcko scaffold, cells)]; None: no use.
+    """[(row, SMILES, cells)] -> [(row, molecule, chiral Murcko scaffold, cells)]; None: no use.
 
     A molecule is its canonical SMILES without isotopes and atom maps, which no network sees.
     """

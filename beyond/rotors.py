@@ -136,7 +136,7 @@ def search(items, bonds_of):
 
 
 def sdf_texts(raw):
-    """(id, block) under both ids a converter may give: its place, the number that ends its title."""
+    """(id, block) under both ids a converter may give: its place, the number ending its title."""
     files = (part for name, part in files_in(raw) if name.endswith(".sdf") or ".tar" not in raw.suffixes)
     for place, block in enumerate(block for part in files for block in sdf_blocks(part)):
         title = re.search(r"(?<!\d)\d{1,18}$", block.partition("\n")[0].strip())  # 17, gdb_17

@@ -285,7 +285,7 @@ class UniMol(nn.Module):
 
 
 def load_public(module, state_dict):
-    """Load the `model` of a public Uni-Mol checkpoint by name into a UniMol, or into objective unimol.
+    """Load the `model` of a public Uni-Mol checkpoint by name into a UniMol or objective unimol.
 
     What has no place there is left out. vec_proj, which no public file has, stays as it is.
     """

@@ -171,7 +171,7 @@ def parse_sdf(items, titled):
 
 
 def qm9_labels(values):
-    """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value in the unit of QM9_LABELS}"""
+    """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value}, units of QM9_LABELS"""
     pairs = zip(QM9_LABELS, values, strict=True)
     return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, _), value in pairs}
 
@@ -191,7 +191,7 @@ def qm9_rows(raw, columns):
 def read_qm9_wheel(raw):
     columns = [column for *_, column in QM9_LABELS]
     for row in qm9_rows(raw, ("Index", "Elements", "XYZ_Ang", *columns)):
-        symbols = re.findall("[A-Za-z]+", row["Elements"])  # ['C','H', ...] and [[x,y,z],[x,y,z], ...]
+        symbols = re.findall("[A-Za-z]+", row["Elements"])  # ['C', ...] and [[x, y, z], ...]
         triples = row["XYZ_Ang"].strip("[]").split("],[")
         z, pos = xyz_atoms([[s, *triple.split(",")] for s, triple in zip(symbols, triples, strict=True)])
         labels = qm9_labels([number(row[column]) for column in columns])
@@ -312,7 +312,7 @@ def read_npz(raw, keys, index=None):
 
 
 def xyz_labels(where, atoms, levels, forces):
-    """-> labels, notes and tags of the frame that stands where; an InputError if labels are not clear.
+    """-> labels, notes and tags of the frame where; an InputError if labels are not clear.
 
     levels: the set of those that the frames so far had, REF_ or plain; a file is of one. forces: has it any.
     """

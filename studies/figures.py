@@ -129,7 +129,7 @@ def draw(study, results):
 
 
 def use_of_g(val, instead="shuffled"):
-    """By how much another molecule's g, or the token, raises the loss that g is for, in %; or None."""
+    """By how much another molecule's g, or the token, raises the loss of g, in %; or None."""
     loss = "loss_rec" if "loss_rec" in val else "loss_noise"
     other = val.get(f"{loss}_{instead}")
     return None if other is None else 100 * (other / val[loss] - 1)

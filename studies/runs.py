@@ -128,7 +128,7 @@ STUDIES = {
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1, 2), FACTORS),
     "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
-    "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help where used? Needs graph_embedding
+    "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help there? Needs graph_embedding
 }
 # arms of other studies that a study is to be compared with
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
