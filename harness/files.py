@@ -82,10 +82,8 @@ def write_json(path, content):
 
 def machine():
     """The processor's name on Linux, its kind on other systems."""
-    try:
-        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        named = None
+    info = Path("/proc/cpuinfo")
+    named = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
     return f"cpu, {named[1] if named else platform.machine()}"
 
 

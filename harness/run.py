@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
@@ -224,8 +226,10 @@ class Run:
         if self.rank:
             return
         config, wall_s = self.config, time.perf_counter() - self.began
-        figures |= {"seed": config.seed, "steps": config.max_steps, "wall_s": round(wall_s, 1)}
+        resident = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        held = (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident) / 1e9
+        figures |= {"seed": config.seed, "steps": config.max_steps, "wall_s": round(wall_s, 1), "memory_gb": held}
         figures |= {"data": config.data, "data_sha256": self.data_sha256, **self.made_by}
         write_json(self.folder / "metrics.json", figures)
         written = ", ".join(name for name in RUN_FILES if (self.folder / name).exists())
-        self.say(f"{wall_s:.0f} s; wrote {written} to {self.folder}")
+        self.say(f"{wall_s:.0f} s, {held:.1f} GB at most; wrote {written} to {self.folder}")
