@@ -6,6 +6,7 @@ logits of all pairs; each layer adds its own and hands the sum on. So the logits
 pairs, q, beside the state of atoms, x. There is no cutoff.
 
     n    tokens of a molecule: CLS, its atoms, SEP. CLS and SEP lie at the centroid
+    T, P tokens and pairs of tokens of the batch. Its rows have PAD up to the longest; linear layers leave it out
     H    heads of D = F / H channels; K Gaussians (model.num_rbf)
     e_ij the ordered pair of two tokens, one of 31 x 31
 
@@ -76,7 +77,7 @@ def pad(token, pos, batch):
 
 
 def places(real):
-    """Where real (B, ...) is true, in order: -> (T,). Of mixed sizes most places are PAD: layers leave them out."""
+    """Where real (B, ...) is true, in order: -> (T,)."""
     return real.flatten().nonzero().squeeze(1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_published_tables_are_those_of_the_results(page, study):
 def test_the_published_tables_of_features_are_those_of_the_results(name):
     table = "\n".join(features.table(json.loads((ROOT / f"results/features/{name}.json").read_text())))
     assert f"<!-- features/{name} -->\n{table}\n\n" in (ROOT / "results/README.md").read_text()
+
+
+def test_the_published_table_of_memory_is_that_of_the_results():
+    page = (ROOT / "results/speed.md").read_text()
+    there = dict(re.findall(r"^\| `(\w+)\.yaml` \| \d+ \| \d+ \| ([\d.]+) \|$", page, re.M))
+    files = (ROOT / "results/memory").glob("*.json")
+    assert there == {path.stem: f"{json.loads(path.read_text())['memory_gb']:.1f}" for path in files}
 
 
 def test_what_a_design_can_see():
