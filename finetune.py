@@ -586,7 +586,7 @@ def finish(config, run, labels, molecules, parts, val, test, state, best_step, p
             end = f"_{split}_{name}"
             theirs = [f"{key.removesuffix(end)} {v:g}" for key, v in config.paper.items() if key.endswith(end)]
             beside = f"   in the paper: {', '.join(theirs)}" if theirs else ""
-            run.say(f"{split:<12} {name:<24}{value:>12.5g} {units.get(name, '')}{beside}")
+            run.say(f"{split:<{2 + max(map(len, parts))}}{name:<24}{value:>12.5g} {units.get(name, '')}{beside}")
     figures = {"test": test, "val": val, "units": units, "paper": config.paper, "target": config.target}
     figures |= {"best_step": best_step, "parameters": parameters, "molecules": {n: len(i) for n, i in parts.items()}}
     run.finish(**figures, init_from=config.init_from, init_sha256=state["init_sha256"])
