@@ -110,7 +110,7 @@ def check_unit_column(path):
     for place, name in enumerate(header):
         if name.lower().replace("_", " ") not in UNITS:
             continue
-        units = {row[place] for row in table(path) if len(row) == len(header)} - {"", name}
+        units = {cells[name] for *_, cells in read_rows(path, len(header), 0, {name: place}) if cells} - {""}
         if len(units) > 1:
             told = f"{path}: column {name} has {', '.join(sorted(units)[:5])}"
             raise InputError(f"{told}: bring all rows to one unit and leave it out")
@@ -188,25 +188,26 @@ def split_scaffolds(groups):
 def survey(path, columns, asked):
     """Look through the table before hours of work -> {row: split}, notes. {}: a part would be empty."""
     groups, values = {}, {name: array("d") for name in columns[2]}
-    num_rows, num_whole = 0, 0
-    first, again = {}, []  # the first row of each molecule, and the others
+    whole = set()  # of each row: has it as many cells as the header?
+    first, again = {}, ""  # the first row of each molecule; an example of a later one
     number, texts = Counter(), {}  # of cells that are no numbers, and the first of each column
     rows = tqdm(read_rows(path, *columns), unit=" rows", desc="scaffolds", disable=None)
     for key, molecule, scaffold, cells in parallel(scaffolds, rows):
         if scaffold is not None:
             groups.setdefault(scaffold, array("q")).append(key)
             if first.setdefault(molecule, key) != key:
-                again.append(f"row {first[molecule]} in row {key}")
-        num_rows, num_whole = num_rows + 1, num_whole + bool(cells)
+                again = again or f"row {first[molecule]} in row {key}"
+        whole.add(bool(cells))
         for name, cell in cells.items():
-            if cell and not NUMBER.fullmatch(cell):
-                number[name] += 1
-                texts.setdefault(name, f"such as {cell[:40]!r} in row {key}")
-            if re.fullmatch(r"[-+−]?[\d.,]*\d[\d.,]*(e[-+−]?\d+)?", cell, re.I) and not NUMBER.fullmatch(cell):
+            values[name].extend(numbers({name: cell}).values())
+            if not cell or NUMBER.fullmatch(cell):
+                continue
+            number[name] += 1
+            texts.setdefault(name, f"such as {cell[:40]!r} in row {key}")
+            if re.fullmatch(r"[-+−]?[\d.,]*\d[\d.,]*(e[-+−]?\d+)?", cell, re.I):
                 told = f"{path}: row {key}: {name} is {cell!r}"
                 raise InputError(f"{told}: write numbers with a decimal point and no other mark")
-            values[name].extend(numbers({name: cell}).values())
-    if num_rows and not num_whole:
+    if whole == {False}:
         told = f"{path}: no row has as many cells as the header, {columns[0]}"
         raise InputError(f"{told}: does a comma end each row?")
     for name, unit in asked.values():
@@ -221,7 +222,8 @@ def survey(path, columns, asked):
             raise InputError(f"{told}: standardised, so not in {unit}. Take the raw values, or write {name}:1")
     notes = [f"{name}: {n} of its cells are no numbers, {texts[name]}" for name, n in number.items()]
     if again:
-        notes.append(f"{len(again)} rows have a molecule that stood before, such as that of {again[0]}")
+        number_again = sum(map(len, groups.values())) - len(first)
+        notes.append(f"{number_again} rows have a molecule that stood before, such as that of {again}")
     return split_scaffolds(groups), notes
 
 

@@ -56,6 +56,16 @@ def token_table():
 # ---------------------------------------------------------------- rows of tokens
 
 
+def places(real):
+    """Where real (B, ...) is true, in order: -> (T,)."""
+    return real.flatten().nonzero().squeeze(1)
+
+
+def spread(x, place, shape):
+    """Rows (T, C) to their places (T,) of shape, 0 elsewhere: -> (*shape, C). take(..., place) is the way back."""
+    return scatter_sum(x, place, math.prod(shape)).view(*shape, x.shape[-1])
+
+
 def pad(token, pos, batch):
     """Atoms end to end -> a row for each molecule, [CLS, atoms, SEP, PAD ...].
 
@@ -73,17 +83,7 @@ def pad(token, pos, batch):
     rows[torch.arange(B, device=batch.device), counts + 1] = SEP
     rows.view(-1)[slot] = token
     centred = pos - take(scatter_mean(pos, batch, B), batch)  # (N, 3)
-    return rows, scatter_sum(centred, slot, B * n).view(B, n, 3), slot
-
-
-def places(real):
-    """Where real (B, ...) is true, in order: -> (T,)."""
-    return real.flatten().nonzero().squeeze(1)
-
-
-def spread(x, place, shape):
-    """Rows (T, C) to their places (T,) of shape, 0 elsewhere: -> (*shape, C). take(..., place) is the way back."""
-    return scatter_sum(x, place, math.prod(shape)).view(*shape, x.shape[-1])
+    return rows, spread(centred, slot, (B, n)), slot
 
 
 def steps(pos):

@@ -83,7 +83,7 @@ def write_json(path, content):
 def machine():
     """The processor's name on Linux, its kind on other systems."""
     info = Path("/proc/cpuinfo")
-    named = info.exists() and re.search(r"model name\s*: (.*)", info.read_text())
+    named = os.access(info, os.R_OK) and re.search(r"model name\s*: (.*)", info.read_text())
     return f"cpu, {named[1] if named else platform.machine()}"
 
 

@@ -190,8 +190,7 @@ def readings_rows(results):
 
 
 FAMILY = {  # of a pretraining run
-    **dict(list(LOSSES.items())[:4]),
-    "use of g, %": lambda run: use_of_g(run["val"]),
+    **{name: LOSSES[name] for name in ("loss_noise", "loss_token", "loss_coord", "loss_dist", "use of g, %")},
     "the same, mask token, %": lambda run: use_of_g(run["val"], "masked"),
     "LLC": lambda run: medians(run, "graph")[-1] if "graph_0" in run else None,
     "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1] if "graph_0.04" in run else None,
