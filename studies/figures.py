@@ -61,8 +61,10 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    least = [least_cell(name, [row.get(name, ()) for row in rows.values()]) for name in columns]
-    if kind_of(study) == "family" and any(least):
+    # readings' untrained networks are one, with two kinds of norms
+    compared = [row for arm, row in rows.items() if kind_of(study) == "family" or "untrained" not in arm]
+    least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
+    if kind_of(study) in ("family", "readings") and any(least):
         yield f"| the least difference that can be seen | {' | '.join(least)} |"
 
 
@@ -85,7 +87,8 @@ def least_difference(samples):
         return math.nan
     rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
     df = (len(values) - 1) * (num - 1)
-    t = 1.96 + 2.37 / df + 2.82 / df**2 + 2.56 / df**3  # the 97.5 % point, Abramowitz and Stegun 26.7.5
+    # the 97.5 % point, Abramowitz and Stegun 26.7.5
+    t = 1.96 + 2.37 / df + 2.82 / df**2 + 2.56 / df**3 + 1.59 / df**4
     return t * math.sqrt(2 * np.square(rest).sum() / df / num)
 
 
@@ -181,7 +184,7 @@ def readings_rows(results):
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
-        names = (f"{of} at {noise} &#8491;" if noise else of for of, noise in at)
+        names = (f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}" for of, noise in at)
         return {name: lambda run, at=where: medians(run, *at)[when] for name, where in zip(names, at, strict=True)}
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
