@@ -100,7 +100,9 @@ class Molecules:
             raise IndexError(f"{self.path}: molecules are 0 to {len(self) - 1}, asked for {index.min()}..{index.max()}")
         if forces and "forces" not in self.units:
             raise InputError(f"{self.path}: the file has no forces")
-        runs = self._runs(index)
+        # runs of atoms [(first, last + 1)]: neighbours in the file are one read
+        first, last = np.diff(index, prepend=-2) != 1, np.diff(index, append=-2) != 1
+        runs = list(zip(self.ptr[index[first]].tolist(), self.ptr[index[last] + 1].tolist()))
         z = self._atoms("z", np.uint8, runs)
         vectors = {name: self._atoms(name, np.float32, runs).reshape(-1, 3) for name in ("pos", "forces")[: 1 + forces]}
         batch = np.repeat(np.arange(len(index)), self.ptr[index + 1] - self.ptr[index])
@@ -117,11 +119,6 @@ class Molecules:
             part = self.read(index[first : first + 10_000], forces)
             np.add.at(counts, (first + part["batch"].numpy(), part["z"].numpy()), 1)
         return counts
-
-    def _runs(self, index):
-        """[(first atom, last + 1)] of index: neighbours in the file are one read."""
-        first, last = np.diff(index, prepend=-2) != 1, np.diff(index, append=-2) != 1
-        return list(zip(self.ptr[index[first]].tolist(), self.ptr[index[last] + 1].tolist()))
 
     def _atoms(self, name, dtype, runs):
         """Rows start:stop of a per-atom dataset, run after run -> flat array."""

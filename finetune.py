@@ -536,7 +536,7 @@ def finetune(config, run):
     def validate():
         model_now = average.module if average else model
         found = errors(model_now, molecules, val, labels, config, device, *ranks)
-        run.record_validation(found)
+        run.log.write({"step": run.step, "split": "val", **found})
         if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
             state.update(best_val=found, best_step=run.step)
             about = {"target": config.target, "name": labels.name, "unit": labels.unit, "head": model.kind}
@@ -586,7 +586,7 @@ def finish(config, run, labels, molecules, parts, val, test, state, best_step, p
             end = f"_{split}_{name}"
             theirs = [f"{key.removesuffix(end)} {v:g}" for key, v in config.paper.items() if key.endswith(end)]
             beside = f"   in the paper: {', '.join(theirs)}" if theirs else ""
-            run.say(f"{split:<{2 + max(map(len, parts))}}{name:<24}{value:>12.5g} {units.get(name, '')}{beside}")
+            run.say(f"{split:<{2 + max(map(len, parts))}}{name:<24}{value:>12.5g} {units[name]}{beside}")
     figures = {"test": test, "val": val, "units": units, "paper": config.paper, "target": config.target}
     figures |= {"best_step": best_step, "parameters": parameters, "molecules": {n: len(i) for n, i in parts.items()}}
     run.finish(**figures, init_from=config.init_from, init_sha256=state["init_sha256"])

@@ -224,10 +224,9 @@ def names_of(paths):
     if unnamed := [path for path in paths if not Path(path).name]:
         raise InputError(f"'{unnamed[0]}' is no file: name a checkpoint, such as out/demo/encoder.pt", code=2)
     parts = [Path(path).with_suffix("").parts for path in paths]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
+    for place, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
+        while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[place] for p in parts}) == 1:
+            parts = [p[rest] for p in parts]
     names = [str(Path(*p)) for p in parts]
     if len(set(names)) < len(names):
         raise InputError("a checkpoint is named twice, or two cannot be told apart by their names", code=2)
@@ -247,11 +246,9 @@ def aligned(rows):
 def quantiles(found):
     """Median, p95, max and the number that are not finite, of a list."""
     values = np.array(found)
-    finite = np.sort(values[np.isfinite(values)])
-    if not len(finite):
-        return {"median": math.nan, "p95": math.nan, "max": math.nan, "not_finite": len(values)}
-    median, p95 = np.quantile(finite, [0.5, 0.95])
-    return {"median": median, "p95": p95, "max": finite[-1], "not_finite": len(values) - len(finite)}
+    finite = values[np.isfinite(values)]
+    median, p95, largest = np.quantile(finite, [0.5, 0.95, 1]) if len(finite) else [math.nan] * 3
+    return {"median": median, "p95": p95, "max": largest, "not_finite": len(values) - len(finite)}
 
 
 def mean_curve(found):

@@ -340,7 +340,7 @@ def pretrain(config, run):
     def validate():
         found["last_val"] = evaluate(model.eval(), val_batches, config, run.device, run.rank, run.world)
         found["first_val"] = found["first_val"] or found["last_val"]
-        run.record_validation(found["last_val"])
+        run.log.write({"step": run.step, "split": "val", **found["last_val"]})
         model.train()
 
     def save():

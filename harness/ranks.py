@@ -52,16 +52,6 @@ def join_ranks(deterministic):
     return device, rank, world
 
 
-def leave_ranks():
-    """End the process group in order: gloo's threads must let go of the last tensors before the interpreter ends.
-
-    Otherwise it aborts now and then (pytorch #179291). A DDP module keeps the group alive, so delete it first.
-    """
-    barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def follow_parent(*_):
     """In a worker process: a signal to the whole group is the parent's, which ends its workers; end with the parent."""
     for number in SIGNALS:

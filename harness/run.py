@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,14 @@ from harness.compiled import settle
 from harness.errors import InputError, explain
 from harness.files import provenance, sha256, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
-from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, leave_ranks, sum_over_ranks, tune_cpu
+from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, sum_over_ranks, tune_cpu
 from harness.settings import check_data, load_config
 from harness.weights import load_adam, require, require_finite, save_torch
+
+try:
+    from resource import RUSAGE_SELF, getrusage
+except ImportError:  # Windows: the memory is not known
+    getrusage = None
 
 
 def start(stage, kind, arguments):
@@ -33,7 +37,7 @@ def start(stage, kind, arguments):
 
 class Run:
     """One run in one folder, on this rank. A stage calls parallel, restore and begin; then, in the loop over steps,
-    record and, where `validating` and `saving` say so, record_validation and save; at last finish.
+    record and, where `validating` and `saving` say so, log.write and save; at last finish.
     """
 
     def __init__(self, config):
@@ -51,8 +55,11 @@ class Run:
         self.release_signals()
         if self.lock:
             self.lock.close()
-        if kind is None:
-            leave_ranks()
+        if kind is None and dist.is_initialized():
+            # gloo's threads must let go of the last tensors before the interpreter ends, or it aborts now and then
+            # (pytorch #179291). A DDP module would keep the group alive: the stage's is gone by now
+            dist.barrier()
+            dist.destroy_process_group()
         if self.caught and kind and not issubclass(kind, InputError | SystemExit):  # Ctrl-C ends a compiler, too
             said = f"stopped by {signal.Signals(self.caught[0]).name} in step {self.step + 1}: resume=true goes on"
             raise InputError(said, code=128 + self.caught[0]) from None
@@ -93,10 +100,8 @@ class Run:
             self.lock = claim_folder(config, None if self.is_new else self.step)
         self.log = Log(self.folder / "log.jsonl", self.step, config.max_steps, active=self.rank == 0)
         self.say = self.log.say
-        for line in lines:
-            self.say(line)
-        made_by = self.made_by
-        name = made_by["device"] if self.device.type == "cuda" else f"{made_by['threads']} CPU threads"
+        self.say("\n".join(lines))
+        name = self.made_by["device"] if self.device.type == "cuda" else f"{self.made_by['threads']} CPU threads"
         ranks = f"{self.world} x {name}{', compiled in the first step' * bool(config.compile)}"
         self.say(f"{ranks}; {config.max_steps:,} steps of {config.batch_size} molecules")
         if not self.is_new:
@@ -137,9 +142,6 @@ class Run:
             rate = round(len(self.window) * config.batch_size / elapsed, 1)
             self.log.write({"step": step, "split": "train", **means, "lr": lr, "molecules_per_s": rate})
             self.window = []
-
-    def record_validation(self, found):
-        self.log.write({"step": self.step, "split": "val", **found})
 
     def finite_means(self, names):
         """Mean losses by name since the last logged step. If one is not finite, stop and name its step."""
@@ -226,10 +228,10 @@ class Run:
         if self.rank:
             return
         config, wall_s = self.config, time.perf_counter() - self.began
-        resident = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        held = (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident) / 1e9
+        resident = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if getrusage else 0
+        held = (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident) / 1e9 or None
         figures |= {"seed": config.seed, "steps": config.max_steps, "wall_s": round(wall_s, 1), "memory_gb": held}
         figures |= {"data": config.data, "data_sha256": self.data_sha256, **self.made_by}
         write_json(self.folder / "metrics.json", figures)
         written = ", ".join(name for name in RUN_FILES if (self.folder / name).exists())
-        self.say(f"{wall_s:.0f} s, {held:.1f} GB at most; wrote {written} to {self.folder}")
+        self.say(f"{wall_s:.0f} s{f', {held:.1f} GB at most' if held else ''}; wrote {written} to {self.folder}")

@@ -9,20 +9,16 @@ from harness.errors import need
 from harness.files import write_whole
 from studies import runs
 
-
-def kind_of(study):
-    """What a study's table and figure are of."""
-    if study in runs.SMOOTHNESS:
-        return "arms" if study in runs.BESIDE else "smoothness"
-    if study in ("qm9_wide", "precision", "family_long"):
-        return "use" if study == "family_long" else "losses"
-    return "readings" if study == "output_norm" else "family"
+KINDS = {  # what a study's table and figure are of; of all others "family"
+    **{"control": "smoothness", "control_long": "smoothness", "alpha": "arms", "graph_embedding": "arms"},
+    **{"qm9_wide": "losses", "precision": "losses", "family_long": "use", "output_norm": "readings"},
+}
 
 
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
     kinds = {"readings": readings_rows, "family": family_rows}
-    if (kind := kind_of(study)) in kinds:
+    if (kind := KINDS.get(study, "family")) in kinds:
         return kinds[kind](results)
     return rows_of(results, {"losses": LOSSES, "use": USE}.get(kind, SMOOTHNESS))
 
@@ -61,10 +57,10 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    # readings' untrained networks are one, with two kinds of norms
-    compared = [row for arm, row in rows.items() if kind_of(study) == "family" or "untrained" not in arm]
+    kind = KINDS.get(study, "family")  # readings' untrained networks are one, with two kinds of norms
+    compared = [row for arm, row in rows.items() if kind == "family" or "untrained" not in arm]
     least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
-    if kind_of(study) in ("family", "readings") and any(least):
+    if kind in ("family", "readings") and any(least):
         yield f"| the least difference that can be seen | {' | '.join(least)} |"
 
 
@@ -94,7 +90,7 @@ def least_difference(samples):
 
 def rows_drawn(study, results):
     """What is drawn: {arm: {column: its value for each seed}}, and the columns."""
-    rows, kind = rows_for(study, results), kind_of(study)
+    rows, kind = rows_for(study, results), KINDS.get(study, "family")
     if kind == "smoothness":
         rows = rows_of(results, over_steps(results[0]))
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
@@ -127,7 +123,7 @@ def draw(study, results):
     commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
     made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
     figure.supxlabel(made_by, fontsize=7, color="0.4")
-    path = runs.ROOT / "results" / study / f"{kind_of(study)}.png"
+    path = runs.ROOT / "results" / study / f"{KINDS.get(study, 'family')}.png"
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 

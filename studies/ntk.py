@@ -66,10 +66,11 @@ def linearisation(models, z, pos, batch, y):
     def f(parameters):
         return torch.func.functional_call(models[0], parameters, (z, pos, batch, len(y)))[0]
 
-    def gradient(parameters):
+    def gradient(parameters, change=0.0):
+        """Predictions, and the gradient of the mean square error of f + change; change moves no weight."""
         leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         predicted = f(leaves)
-        found = torch.autograd.grad(mse_loss(predicted, y), leaves.values(), materialize_grads=True)
+        found = torch.autograd.grad(mse_loss(predicted + change, y), leaves.values(), materialize_grads=True)
         return predicted.detach(), torch.cat([t.flatten() for t in found])
 
     start, start_gradient = gradient(first)
@@ -78,10 +79,7 @@ def linearisation(models, z, pos, batch, y):
         move = {name: (now[name] - p).detach() for name, p in first.items()}
         _, change = torch.func.jvp(f, (first,), (move,))
         predicted, now_gradient = gradient(now)
-        residual = 2 * (start + change - y) / len(y)  # d MSE / d f of the linearisation
-        leaves = {name: p.detach().requires_grad_() for name, p in first.items()}
-        linear = torch.autograd.grad(f(leaves), leaves.values(), residual, materialize_grads=True)
-        linear = torch.cat([t.flatten() for t in linear])
+        _, linear = gradient(first, change)
         yield {
             "prediction": cosine_similarity(predicted, start + change, dim=0).item(),
             "prediction_change": cosine_similarity(predicted - start, change, dim=0).item(),

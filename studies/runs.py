@@ -82,7 +82,6 @@ MOLNET_STARTS = {run: f"unimol/{run}" for run in UNIMOL}
 MOLNET_STARTS |= {"untrained": "unimol/unimol", "untrained_et": STARTS["coord"]}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
-HOT = "data=data/md17_aspirin.h5"
 THERMAL = {"_coord": "objective=coord", "": "", "_no_g": "decoder_graph_emb=false", "_rec_only": "objective=rec_only"}
 # when is the graph embedding used: one factor at a time from the control's georecon_rms
 FACTORS = {
@@ -92,7 +91,7 @@ FACTORS = {
     "no_g": pretrain("decoder_graph_emb=false"),  # what is left of GeoRecon without g
     "w_rec3": pretrain("w_rec=3"),
     **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
-    **{f"thermal{name}": pretrain(HOT, *more.split()) for name, more in THERMAL.items()},
+    **{f"thermal{name}": pretrain("data=data/md17_aspirin.h5", *more.split()) for name, more in THERMAL.items()},
     # together what helped; and Coord with the noise of alpha = 3: is it the noise alone?
     "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
@@ -121,7 +120,7 @@ STUDIES = {
     "family": seeds((1, 2, 3), FAMILY | NETWORKS),  # the denoising family on equal footing
     "family_long": seeds((1,), {"scd": pretrain("objective=scd", ADAPTIVE, steps=20000)}),  # is g used more then?
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
-    "unimol": seeds((1, 2, 3), UNIMOL),
+    "unimol": seeds((1, 2, 3), UNIMOL | {"unimol_rec_no_g": [*UNIMOL["unimol_rec"], "decoder_graph_emb=false"]}),
     "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
     # Table 5's values; its alpha = 1 is georecon_rms of the control
