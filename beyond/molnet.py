@@ -129,7 +129,7 @@ def read_rows(path, width, smiles, places):
 
 
 def parse(smiles):
-    """-> mol, "" or None, why it cannot be used."""
+    """-> (mol, ""), or (None, why it cannot be used)."""
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")
@@ -143,7 +143,7 @@ def parse(smiles):
     z = elements(mol)
     if (z == 0).any():
         return None, "an atom without an element, such as *"
-    # QM7 has four: broken entries, with the energies of other molecules
+    # QM7 has four, see shifted()
     return (mol, "") if (z > 1).any() else (None, "no atom but hydrogen")
 
 
@@ -162,11 +162,25 @@ def scaffolds(items):
             atom.SetIsotope(0)
             atom.SetAtomMapNum(0)
         try:
+            mol = mol and Chem.RemoveHs(mol)  # what was deuterium
             scaffold = mol and MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=True)
         except (RuntimeError, ValueError):
             scaffold = smiles  # RDKit finds none: a group of its own
         found.append((key, mol and Chem.MolToSmiles(mol), scaffold, cells))
     return found
+
+
+def shifted(path, columns):
+    """A note if this is MoleculeNet's QM7.
+
+    Among its SMILES, and not among its labels, stand four entries without a molecule. So a label below them
+    belongs to the molecule that is two rows on, below the last four rows on.
+    """
+    hydrogens = [(key, smiles) for key, smiles, _ in read_rows(path, *columns) if smiles in ("[H]", "[HH].[HH]")]
+    if [smiles for _, smiles in hydrogens] != ["[H]", "[HH].[HH]", "[HH].[HH]", "[HH].[HH]"]:
+        return []
+    told = f"from row {hydrogens[0][0] + 2} on the labels are those of other molecules, as in MoleculeNet's QM7"
+    return [f"{told}: beyond/README.md says how to repair the csv"]
 
 
 def split_scaffolds(groups):
@@ -238,14 +252,16 @@ def gather(mol):
     """Put the parts of a salt or a hydrate in a row, 3 Å apart. RDKit leaves them in one place."""
     from rdkit import Chem
 
-    pos, place, start = mol.GetConformer().GetPositions(), mol.GetConformer(), 0.0
     parts = [list(part) for part in Chem.GetMolFrags(mol)]
+    if len(parts) == 1:
+        return
+    place, start = mol.GetConformer(), 0.0
+    pos = place.GetPositions()
     for part in parts:
         own = pos[part] - pos[part].mean(0)
         pos[part] = own + [start - own[:, 0].min(), 0, 0]
         start = pos[part][:, 0].max() + 3
-    if len(parts) > 1:
-        place.SetPositions(pos)
+    place.SetPositions(pos)
 
 
 def relax(mol):
@@ -254,11 +270,13 @@ def relax(mol):
 
     # the parts of a salt must feel each other
     keys = {"maxIters": STEPS, "ignoreInterfragInteractions": False}
-    if force_fields.MMFFOptimizeMolecule(mol, **keys) >= 0:
-        return ""
-    if force_fields.UFFOptimizeMolecule(mol, **keys) >= 0:
-        return "MMFF94 lacks parameters: relaxed by UFF"
-    return "no force field has parameters: as embedded, not relaxed"
+    moving = f", not at its minimum after {STEPS} steps"
+    if (left := force_fields.MMFFOptimizeMolecule(mol, **keys)) >= 0:
+        return f"MMFF94{moving}" * left
+    # an atom without parameters would get no forces, and UFF would say all the same that it is done
+    if not force_fields.UFFHasAllMoleculeParams(mol):
+        return "no force field has parameters: as embedded, not relaxed"
+    return f"MMFF94 lacks parameters: relaxed by UFF{moving * force_fields.UFFOptimizeMolecule(mol, **keys)}"
 
 
 def embed(mol, seed):
@@ -364,6 +382,7 @@ def from_csv(path, out, *words):
     *columns, twice = find_columns(path, keys["smiles"], [name for name, _ in asked.values()])
     check_unit_column(path)
     split, notes = survey(path, columns, asked)
+    notes += shifted(path, columns)
     num, seed = int(keys["conformers"]), int(keys["seed"])
     told = {key: text for key, text in keys.items() if text}
     command = ["python", "data.py", "molnet", path.name, out.name, *(f"{k}={v}" for k, v in told.items())]

@@ -78,6 +78,7 @@ UNIMOL = ["data=data/qm9_druglike.h5", "keep_steps=0"]
 UNIMOL = {f"unimol{k}": ["pretrain.py", f"configs/unimol_small{k}_pretrain.yaml", *UNIMOL] for k in ("", "_rec")}
 MOLNET = ["head=pooler", "compile=true", "max_steps=1000", "lr_cosine_length=1000", "lr_warmup_steps=60"]
 MOLNET = {s: ["finetune.py", f"configs/molnet_{s}.yaml", *MOLNET] for s in ("freesolv", "lipo", "qm7", "qm8")}
+MOLNET["qm7-repaired"] = [*MOLNET["qm7"], "data=data/qm7_repaired.h5"]  # with the labels of its own molecules
 MOLNET_STARTS = {run: f"unimol/{run}" for run in UNIMOL}
 MOLNET_STARTS |= {"untrained": "unimol/unimol", "untrained_et": STARTS["coord"]}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}

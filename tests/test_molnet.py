@@ -131,7 +131,7 @@ def test_hydrogen_alone_is_dropped_and_named(convert):
 
 
 def test_what_cannot_be_used_is_counted_by_cause_and_named(convert):
-    bad = ["CCO,1", "c1cc,2", "C(C,3", ",4", "*C,5", "CC,6,7", "CC", "C1#CC1,8", "O=C1N([Se]c2ccccc12)c3ccccc3,9"]
+    bad = ["CCO,1", "c1cc,2", "C(C,3", ",4", "*C,5", "CC,6,7", "CC", "C1#CC1,8", "CC12C3N4C3C1C42,9"]
     m, said = convert(rows(*bad, "C" * 140 + ",10"), "labels=y:eV")
     assert m.ids.tolist() == [0]
     assert "2: RDKit cannot read the SMILES (id 1 c1cc, 2 C(C)" in said
@@ -139,9 +139,29 @@ def test_what_cannot_be_used_is_counted_by_cause_and_named(convert):
     assert "1: an atom without an element, such as * (id 4 *C)" in said
     assert "2: more or fewer cells than the header (id 5, 6)" in said
     assert "1: RDKit finds no conformer (id 7 C1#CC1)" in said
-    assert "1: the force field tears a bond apart (id 8 O=C1N([Se]c2ccccc12)c3ccccc3)" in said
+    assert "1: the force field tears a bond apart (id 8 CC12C3N4C3C1C42)" in said
     assert f"1: more than 400 atoms (id 9 {'C' * 60})" in said
     assert "skipped 9" in said
+
+
+def test_an_atom_without_parameters_keeps_its_embedded_place(convert):
+    """UFF gives it no forces, says that it converged, and its neighbours drift away."""
+    m, said = convert(rows("O=C1N([Se]c2ccccc12)c3ccccc3,1", "C[Ge](C)C,2"), "labels=y:eV")
+    pos = m.read([0])["pos"]
+    assert 1.6 < (pos - pos[3]).norm(dim=1).sort().values[1] < 2.1
+    assert "no force field has parameters: as embedded, not relaxed (1 molecules)" in said
+    assert "MMFF94 lacks parameters: relaxed by UFF (1 molecules)" in said
+
+
+def test_a_force_field_that_is_cut_off_is_told(convert, monkeypatch):
+    monkeypatch.setattr(molnet, "STEPS", 2)
+    assert "MMFF94, not at its minimum after 2 steps (1 molecules)" in convert(rows("CCCCO,1"), "labels=y:eV")[1]
+
+
+def test_labels_of_other_molecules_are_told(convert):
+    said = convert(QM7 + "[HH].[HH],1\n[HH].[HH],2\n[H]C([H])=O,3\n", "labels=target:kcal/mol")[1]
+    assert "from row 3 on the labels are those of other molecules, as in MoleculeNet's QM7" in said
+    assert "other molecules" not in convert(QM7, "labels=target:kcal/mol")[1]
 
 
 def test_a_number_that_is_not_there_is_unknown(convert):
@@ -273,9 +293,9 @@ def test_the_only_column_with_smiles_in_its_name_and_the_log_of_a_unit(convert):
 
 
 def test_isotopes_and_atom_maps_make_no_scaffold_of_their_own():
-    toluenes = ["c1ccccc1C", "[cH:1]1[cH:2][cH:3][cH:4][cH:5]c1C", "[13cH]1ccccc1C"]
+    toluenes = ["c1ccccc1C", "[cH:1]1[cH:2][cH:3][cH:4][cH:5]c1C", "[13cH]1ccccc1C", "[2H]c1ccccc1C"]
     found = scaffolds([(0, smiles, {}) for smiles in toluenes])
-    assert found == [(0, "Cc1ccccc1", "c1ccccc1", {})] * 3
+    assert found == [(0, "Cc1ccccc1", "c1ccccc1", {})] * 4
 
 
 # --- what is refused ---
