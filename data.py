@@ -168,7 +168,7 @@ def qm9_splits(num):
 def choose(molecules, split, size, name, label=""):
     """Draw size molecules (0: all; name: its setting) of a split, the same for every seed."""
     index = molecules.split(split, label)
-    if size > len(index):
+    if max(size, 1) > len(index):
         where = f"{split or molecules.path}{label and f', {label} known'}"
         raise InputError(f"{name} = {size}: there are {len(index)} in {where}", code=2)
     return index[split_indices(len(index), [size or len(index), None])[0]]

@@ -3,7 +3,6 @@
     python finetune.py configs/demo_forces.yaml                                  a minute on a laptop, no download
     python finetune.py configs/md17_aspirin.yaml init_from=out/pcqm_md17/encoder.pt
     python finetune.py configs/probe_qm9.yaml init_from=out/qm9_small/encoder.pt   encoder frozen, one linear layer
-    python -m tools.predict out/demo_forces/best.pt IN.xyz OUT.xyz                energies and forces of your molecules
 
 init_from is an encoder.pt, last.pt or step_<n>.pt of any stage, or a state dict of TorchMD-NET or Coord; without it
 the encoder starts from scratch. A run folder is pretrain.py's, with best.pt, the model at its best validation, in the
@@ -257,7 +256,7 @@ class PropertyModel(nn.Module):
             y = self.predict(*arguments)
             return y.sum(), y
 
-        self.compiled, self.multiple = compile_gradient(total, device, one_shape)
+        self.compiled, self.multiple = compile_gradient(total, self, device, one_shape)
 
     def pairs(self, pos, batch):
         """-> edge_index (2, P) of the pairs within the cutoff, padded with others to a multiple of self.multiple."""
@@ -268,12 +267,11 @@ class PropertyModel(nn.Module):
         j, i = every = radius_graph(pos, batch, math.inf)
         return every[:, fill_up((pos[i] - pos[j]).square().sum(1) < cutoff**2, self.multiple)]
 
-    def forward(self, z, pos, batch, num_molecules, forces=False, edge_index=None):
+    def forward(self, z, pos, batch, num_molecules, forces=False):
         """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""
         if not forces:
-            return self.predict(pos, z, batch, num_molecules, edge_index), None
-        if self.compiled and edge_index is None:  # not compiled: how many pairs there are depends on the positions
-            edge_index = self.pairs(pos, batch)
+            return self.predict(pos, z, batch, num_molecules), None
+        edge_index = self.pairs(pos, batch) if self.compiled else None  # not compiled: their number varies
         gradient, y = (self.compiled or self.gradient)(pos, z, batch, num_molecules, edge_index)
         return y, -gradient
 
@@ -523,6 +521,7 @@ def finetune(config, run):
         check_best(run.folder / "best.pt", run.step, state, config.target)
     run.begin(
         f"{config.target} on {config.data}: {', '.join(f'{len(index):,} {name}' for name, index in parts.items())}",
+        *(["drawn at random, not by the file's own splits"] if molecules.splits and not config.train_split else []),
         f"labels: {labels.remark}",
         encoder_line,
         *([f"left out: {lost}: {config.target.replace(',', ' or ')} unknown"] if lost else []),

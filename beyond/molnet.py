@@ -28,7 +28,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from beyond.rotors import fitting
+from beyond.rotors import unbroken
 from formats.sources import NUMBER, numbers, open_raw, parallel, parse_labels, readable, stem, with_labels
 from formats.write import save
 from harness.errors import InputError, explain, need, one_line
@@ -297,7 +297,7 @@ def embed(mol, seed):
         return None, "RDKit finds no conformer"
     gather(mol)
     note = relax(mol)
-    sound = fitting(None, elements(mol), mol.GetConformer().GetPositions(), mol)
+    sound = unbroken(mol, elements(mol), mol.GetConformer().GetPositions())
     return (mol, note) if sound else (None, "the force field tears a bond apart")
 
 
@@ -381,7 +381,9 @@ def from_csv(path, out, *words):
     rdkit = need("rdkit", "making conformers")
     *columns, twice = find_columns(path, keys["smiles"], [name for name, _ in asked.values()])
     check_unit_column(path)
-    split, notes = survey(path, columns, asked)
+    lost = partial(explain, f"{path}: a process was lost over a molecule", BrokenProcessPool)
+    with lost():
+        split, notes = survey(path, columns, asked)
     notes += shifted(path, columns)
     num, seed = int(keys["conformers"]), int(keys["seed"])
     told = {key: text for key, text in keys.items() if text}
@@ -391,7 +393,7 @@ def from_csv(path, out, *words):
     attrs |= {"conformers": f"up to {num} neighbouring rows with the same id are one molecule"} if num > 1 else {}
 
     def stream():
-        with explain(f"{path}: a process was lost over a molecule", BrokenProcessPool):
+        with lost():
             for mol in parallel(partial(conformers, num=num, seed=seed), read_rows(path, *columns), chunk=16):
                 place = (split[mol["id"]],) if mol["id"] in split else ()
                 yield mol | {"split": place, "notes": {*mol.get("notes", ()), *twice}}

@@ -48,13 +48,17 @@ def chemistry():
     return Chem, Chem.MolFromSmarts(ROTATABLE), np.array([table.GetRcovalent(z) for z in range(119)])
 
 
-def fitting(_, z, pos, mol):
-    """mol, if it has these elements in this order and no bond too long in this geometry."""
-    if mol is None or [atom.GetAtomicNum() for atom in mol.GetAtoms()] != z.tolist():
-        return None
+def unbroken(mol, z, pos):
+    """Is no bond of mol too long in this geometry, z (n,), pos (n, 3)?"""
     i, j = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in mol.GetBonds()], np.int64).reshape(-1, 2).T
     radius = chemistry()[2][z]  # (n,)
-    return mol if (np.linalg.norm(pos[i] - pos[j], axis=1) < LONGEST * (radius[i] + radius[j])).all() else None
+    return (np.linalg.norm(pos[i] - pos[j], axis=1) < LONGEST * (radius[i] + radius[j])).all()
+
+
+def fitting(_, z, pos, mol):
+    """mol, if it has these elements in this order and no bond too long in this geometry."""
+    same = mol is not None and [atom.GetAtomicNum() for atom in mol.GetAtoms()] == z.tolist()
+    return mol if same and unbroken(mol, z, pos) else None
 
 
 def from_smiles(smiles, z, pos):

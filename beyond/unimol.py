@@ -6,7 +6,8 @@ logits of all pairs; each layer adds its own and hands the sum on. So the logits
 pairs, q, beside the state of atoms, x. There is no cutoff.
 
     n    tokens of a molecule: CLS, its atoms, SEP. CLS and SEP lie at the centroid
-    T, P tokens and pairs of tokens of the batch. Its rows have PAD up to the longest; linear layers leave it out
+    T, P tokens, and pairs of tokens, of the batch. Tensors (B, n, ...) have PAD where a molecule is
+         shorter than the longest; the Gaussians and the linear layers of the encoder skip it
     H    heads of D = F / H channels; K Gaussians (model.num_rbf)
     e_ij the ordered pair of two tokens, one of 31 x 31
 
@@ -101,8 +102,13 @@ class Encoding(NamedTuple):
     step: torch.Tensor  # (B, n, n, 3) r_j - r_i
     real: torch.Tensor  # (B, n) false for PAD
 
-    def rows(self, start, stop):
-        return Encoding(*(part[start:stop] for part in self))
+    def rows(self, part):
+        """Those of some molecules, a slice."""
+        return Encoding(*(value[part] for value in self))
+
+    def change(self):
+        """By how much the layers have changed q: -> (B, n, n, H)."""
+        return (self.last - self.first).permute(0, 2, 3, 1)
 
     def weigh(self, weight):
         """1/n sum_j weight_ij (r_j - r_i) over a molecule's tokens: (B, n, n, C) -> (B, n, 3, C)."""
@@ -144,8 +150,8 @@ class GaussianLayer(nn.Module):
     """Distances (P,) and ordered pairs of tokens (P,) -> G (P, K).
 
     DEVIATION: mu and s start uniform in (0, 3), a at 1 and b at 0. The public code sets that, too,
-    and then redraws all four from N(0, 0.02). That makes Gaussians of width 0.0001 and less, and
-    their derivatives are as steep. DEVIATION: in the dtype of pos, not always in float32.
+    and then redraws all four from N(0, 0.02). That makes some Gaussians narrower than 0.001, and
+    their derivatives as steep. DEVIATION: in the dtype of pos, not always in float32.
     """
 
     compiles = True
@@ -213,7 +219,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers, and the norms before and after them; as Layer."""
+    """The first norm and the layers; as Layer. UniMol applies the last two norms, named as in public."""
 
     def __init__(self, channels, num_heads, num_layers):
         super().__init__()
@@ -233,6 +239,8 @@ class Transformer(nn.Module):
 
 class UniMol(nn.Module):
     """The encoder: z (N,), pos (N, 3), batch (N,) -> x (N, F), vec (N, 3, F) equivariant."""
+
+    one_graph = False  # the padding depends on the sizes of the molecules, so the derivative cannot be compiled
 
     def __init__(self, config):
         super().__init__()
@@ -274,7 +282,7 @@ class UniMol(nn.Module):
 
     def weights(self, code):
         """How much each pair counts in vec and in the coordinate head: -> (B, n, n, H)."""
-        delta = self.encoder.final_head_layer_norm((code.last - code.first).permute(0, 2, 3, 1))
+        delta = self.encoder.final_head_layer_norm(code.change())
         return gelu(self.pair2coord_proj["linear1"](delta))
 
     def forward(self, z, pos, batch, edge_index=None):

@@ -135,14 +135,14 @@ class UniMolDecoder(nn.Module):
         self.pair_norm, self.pair2coord = nn.LayerNorm(num_heads), NonLinearHead(num_heads, 1)
 
     def forward(self, x, code, graph_emb):
-        place, shape = places(code.real), code.real.shape  # (T,)
+        place, shape = places(code.real), code.real.shape  # (T,), of these molecules alone
         x = torch.cat([x, graph_emb.unsqueeze(1).expand_as(x)], dim=-1)  # (B, n, 2F)
         x, pair = self.combine(take(x.flatten(0, 1), place)), code.last  # (T, F)
         for layer in self.layers:
             x, pair = layer(x, pair, code.real, place)
         rows = spread(self.query_key(self.norm(x)), place, shape)  # (B, n, 2F)
         query, key = (split(part, self.num_heads) for part in rows.chunk(2, dim=-1))
-        change = (pair + logits(query, key) - code.first).permute(0, 2, 3, 1)  # (B, n, n, H)
+        change = code._replace(last=pair + logits(query, key)).change()  # (B, n, n, H)
         return code.weigh(self.pair2coord(self.pair_norm(change))).squeeze(-1)
 
 
@@ -160,7 +160,7 @@ class UniMolPretraining(nn.Module):
 
     DEVIATION: a loss of chosen atoms is their sum over 0.15 N, the number to be expected, not over
     their number; and the others are means over atoms, too: each atom counts its molecule's mean.
-    Only so the parts of a batch add up, on any number of ranks. For dist it means that each chosen
+    That way the parts of a batch add up, on any number of ranks. For dist it means that each chosen
     atom counts alike, whatever the size of its molecule.
     DEVIATION: optimizer and schedule are those of pretrain.py. The public code has weight decay
     1e-4, clips gradients to a norm of 1, and lets the learning rate fall linearly.
@@ -175,7 +175,7 @@ class UniMolPretraining(nn.Module):
         if not isinstance(encoder, UniMol):
             raise InputError(f"objective = {config.objective}: it needs model.backbone=unimol", code=2)
         if config.rec_target != "scaled":
-            raise InputError(f"objective = {config.objective}: its moves have no unit target", code=2)
+            raise InputError(f"objective = {config.objective}: rec_target is not for it, leave it out", code=2)
         self.config = config  # keys: objective position_noise_scale; rec: alpha w_rec w_clean decoder_*
         channels, num_heads = config.model.embedding_dimension, config.model.num_heads
         self.encoder = encoder
@@ -190,22 +190,21 @@ class UniMolPretraining(nn.Module):
         return code.weigh(self.pair2coord_proj["linear2"](self.encoder.weights(code))).squeeze(-1)
 
     def masked_losses(self, code, x, slot, chosen, token, shift, batch, target):
-        """The five losses: code, x (B, n, F) and slot of the masked molecules; the clean answers are
+        """The five losses of the masked molecules: code, x (B, n, F), slot (N,).
 
-        token (N,), shift (N, 3) from the position that is seen to the clean one, target (B, n, n).
+        The answers: token (N,), shift (N, 3) from the seen position to the clean one, target (B, n, n).
         """
         expected, rows = SHARE * len(token), slot[chosen]
         scores = self.lm_head(x.flatten(0, 1)[rows])  # (chosen, 31)
         error = smooth_l1_loss(self.dist_head(code.last), target, reduction="none")  # (B, n, n)
         error = (error * code.real.unsqueeze(1)).sum(2) / code.real.sum(1, keepdim=True)  # (B, n)
-        change = (code.last - code.first).permute(0, 2, 3, 1)  # (B, n, n, H)
         pairs = code.real.unsqueeze(1) & code.real.unsqueeze(2)
         return {
             "loss_token": cross_entropy(scores, token[chosen], reduction="sum") / expected,
             "loss_coord": self.miss(self.update(code), slot, shift, chosen),
             "loss_dist": error.flatten()[rows].sum() / expected,
             "loss_x_norm": off_norm(code.x, code.real)[batch].mean(),
-            "loss_pair_norm": off_norm(change, pairs)[batch].mean(),
+            "loss_pair_norm": off_norm(code.change(), pairs)[batch].mean(),
         }
 
     def miss(self, update, slot, shift, chosen):
@@ -223,26 +222,26 @@ class UniMolPretraining(nn.Module):
         if config.objective == "unimol_rec":
             variants += [(token, pos)] + [(seen, pos - config.alpha * shift)] * (config.alpha != 1)
         # one encoder call for all variants: they are further molecules of the batch
-        seen, places = (torch.cat(part) for part in zip(*variants))
-        code, slot = encoder.encode(seen, places, torch.cat([batch + k * B for k in range(len(variants))]))
+        tokens, positions = (torch.cat(part) for part in zip(*variants))
+        code, slot = encoder.encode(tokens, positions, torch.cat([batch + k * B for k in range(len(variants))]))
         x, slot = encoder.invariant(code), slot[: len(z)]  # (variants * B, n, F), (N,)
         _, target = steps(pad(token, pos, batch)[1])  # (B, n, n)
         target = (target - distances[0]) / distances[1]
 
-        losses = self.masked_losses(code.rows(0, B), x[:B], slot, chosen, token, shift, batch, target)
+        losses = self.masked_losses(code.rows(slice(B)), x[:B], slot, chosen, token, shift, batch, target)
         weights = 1, COORD, DIST, X_NORM, PAIR_NORM
         total = sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
         if config.objective == "unimol":
             return {"loss": total, **losses}
 
-        clean, rec = code.rows(B, 2 * B), code.rows(0, B) if config.alpha == 1 else code.rows(2 * B, 3 * B)
-        still = self.update(clean).flatten(0, 1)[slot]  # (N, 3)
+        clean, rec = slice(B, 2 * B), slice(B) if config.alpha == 1 else slice(2 * B, None)
+        still = self.update(code.rows(clean)).flatten(0, 1)[slot]  # (N, 3)
         losses["loss_clean"] = smooth_l1_loss(still, torch.zeros_like(still))
-        graph_emb = scatter_mean(x[B : 2 * B].flatten(0, 1)[slot], batch, B) * config.decoder_graph_emb  # (B, F)
-        x_rec = x[:B] if config.alpha == 1 else x[2 * B :]
+        graph_emb = scatter_mean(x[clean].flatten(0, 1)[slot], batch, B) * config.decoder_graph_emb  # (B, F)
 
         def rec_loss(graph_emb):
-            return self.miss(self.decoder(x_rec, rec, graph_emb), slot, config.alpha * shift, chosen)
+            update = self.decoder(x[rec], code.rows(rec), graph_emb)
+            return self.miss(update, slot, config.alpha * shift, chosen)
 
         losses["loss_rec"] = rec_loss(graph_emb)
         if shuffle:

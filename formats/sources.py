@@ -145,9 +145,9 @@ def parse_sdf(items, titled):
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")
-    molecules = []
+    molecules, title = [], ""
     for key, block in items:
-        title = block.partition("\n")[0].strip()
+        before, title = title, block.partition("\n")[0].strip()
         key = int(title) if titled and re.fullmatch(r"\d{1,18}", title) else key
         # Unsanitized: charges and valences do not matter here, and RDKit's opinion of them would cost molecules.
         mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False, strictParsing=False)
@@ -163,6 +163,8 @@ def parse_sdf(items, titled):
             notes = {f"not read: {name}" for name, text in said.items() if re.match(r"\s*[-+.\d]", text)}
             notes |= {f"not read: {name}, given more than once" for name in dict(tags).keys() - said.keys()}
             notes |= {"carbon without any hydrogen: are they left out?"} if 6 in z and 1 not in z else set()
+            again = title == before != "" and np.array_equal(z, molecules[-1].get("z"))
+            notes |= {*["title and atoms of the one before: conformers? A random split parts them"] * again}
             molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(said), "notes": notes})
     return molecules
 
@@ -252,18 +254,18 @@ def read_sdf(raw, titled=True):
 
 KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
 EV = {"energy": "eV", "forces": "eV/angstrom"}
-LABEL = re.compile("energ|force|gradient|dipole|gap|homo|lumo", re.I)  # names that look like labels
-# quantities that are not read, and units that stand alone as a word of a comment line
-NOT_READ = re.compile("time|temp|mass|charge|stress|press|virial|dipole|moment|veloc|step")
-LONE_UNITS = {"hartree", "ha", "bohr", "kcal", "kcal/mol", "kj/mol", "ry", "rydberg", "mev", "au", "a.u.", "nm", "pm"}
+LABEL = re.compile(r"energ|force|gradient|dipole|gap|homo|lumo|^[ef]$", re.I)  # names that look like labels
+# quantities that are not read; units that stand alone as a word of a comment line; units in a text, SPOKEN
+NOT_READ = re.compile("time|temp|mass|charge|stress|press|virial|dipole|moment|veloc|step|predicted")
+LONE_UNITS = re.compile(r"hartrees?|eh|e_h|ha|bohrs?|kcal|kcal/mol|kj|kj/mol|ry|rydberg|mev|au|a\.u\.|nm|pm", re.I)
 NAME = re.compile("name|title|config|method|theory", re.I)  # a molecule may be called bohr
-SPOKEN = re.compile(r"(?<![\w-])(hartree|bohr|kcal/mol|kcal|kj/mol|rydberg|mev|nm|a\.u\.)(?![\w-])", re.I)  # in a text
+SPOKEN = re.compile(r"(?<![\w-])(hartrees?|bohrs?|kcal/mol|kcal|kj/mol|kj|rydberg|mev|nm|a\.u\.)(?![\w-])", re.I)
 
 
 def check_units(stated, energy, where):
     """Refuse other units than energy and angstrom, under whatever key: stated {key: value}."""
     claims = {key: value for key, value in stated.items() if "unit" in key.lower()}
-    claims |= {key: key.lower() for key in stated if key.lower() in LONE_UNITS}
+    claims |= {key: key.lower() for key in stated if LONE_UNITS.fullmatch(key)}
     claims |= {key: m[1] for key in stated if (m := re.fullmatch(r"(?:positions|cell)(\w+)", key))}  # i-PI, without {}
     texts = {key: f"{key} {value}" for key, value in stated.items() if key not in claims and not NAME.search(key)}
     claims |= {key: ",".join(units) for key, text in texts.items() if (units := SPOKEN.findall(text))}
@@ -350,15 +352,13 @@ def read_xyz(raw, labelled=True):
             raise ValueError("a blank line between molecules: remove it")
 
 
-read_md17 = partial(read_npz, keys=("z", "R", "E", "F"))
-read_rmd17 = partial(read_npz, keys=("nuclear_charges", "coords", "energies", "forces"), index="old_indices")
 SOURCES = {  # reader of one raw file (qm9: of all of them), units of its labels
     "qm9": (read_qm9, {f"y/{name}": unit for name, unit, *_ in QM9_LABELS}),
     "pcqm4mv2": (read_pcqm4mv2, {}),
     "sdf": (read_sdf, {}),
-    "md17": (read_md17, KCAL),
-    "rmd17": (read_rmd17, KCAL),
-    "md22": (read_md17, KCAL),
+    "md17": (partial(read_npz, keys="zREF"), KCAL),
+    "rmd17": (partial(read_npz, keys=("nuclear_charges", "coords", "energies", "forces"), index="old_indices"), KCAL),
+    "md22": (partial(read_npz, keys="zREF"), KCAL),
     "xyz": (read_xyz, EV),
 }
 CREDIT = {  # name, license, attribution

@@ -36,7 +36,7 @@ def load_representation(encoder, state_dict, init_key=""):
     faults += [f"{key} missing" for key in needs if key not in has]
     faults += [f"{k} {has[k]} where {n} is needed" for k, n in needs.items() if has.get(k, n) != n]
     for name, ours in encoder.named_buffers():
-        if has.get(name) == ours.shape and (state_dict[name] - ours).abs().max() > 1e-4 * ours.abs().max():
+        if has.get(name) == ours.shape and ((state_dict[name] - ours).abs() > 1e-3 * ours.abs()).any():
             faults.append(f"{name} are of another cutoff: set model.cutoff_upper to the file's")
     if faults:
         raise ValueError("these weights are not of this encoder: " + "; ".join(faults))
@@ -61,6 +61,8 @@ def read_encoder(path, model, init_key=""):
             # vector_cutoff has no weights, so it may be turned on after pretraining
             own = build_config(ModelConfig, content["model"] if "model" in content else content["config"]["model"])
             model = replace(own, vector_cutoff=own.vector_cutoff or model.vector_cutoff)
+        else:
+            print(f"{path} does not say its norms: as set, vec_norm_out={model.vec_norm_out}. Public Coord has whiten")
         encoder = new_encoder(model)
         load_representation(encoder, state_dict, init_key)
     return encoder, len(held) - len(encoder.state_dict())

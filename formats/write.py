@@ -129,8 +129,6 @@ def convert(source, raws, out, splits_of=None, labels=""):
     raws, out, asked = [Path(raw) for raw in raws], Path(out), parse_labels(labels)
     check_new(out, kinds=(".h5",))
     for raw in raws:
-        if raw.suffix == ".h5":
-            raise InputError(f"{raw} stands before {out}: the file to write is the last one", code=2)
         check_file(raw, "download it first")
     if source == "pcqm4mv2" and len(raws) > 1:
         raise InputError(f"pcqm4mv2 takes one raw file, got {len(raws)}", code=2)
@@ -189,7 +187,8 @@ def info(m, chunk=10_000):
     lines += [("atoms", f"{atoms.min()} to {atoms.max()} per molecule, mean {atoms.mean():.1f}")]
     lines += [("elements", ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements)))]
     lines += [("pairs", f"{near / len(m):.1f} per molecule within 5 Å")]
-    lines += [("closest atoms", f"{nearest:.3f} Å in molecule {closest}")] if closest is not None else []
+    far = " (far: are these bohr?)" * (nearest > 1.2)  # a bond with hydrogen is shorter
+    lines += [("closest atoms", f"{nearest:.3f} Å in molecule {closest}{far}")] if closest is not None else []
     lines += [("splits", ", ".join(f"{name} {len(index):,}" for name, index in m.splits.items()) or "none")]
     for key in ("source", "source_sha256", "command", "license", "attribution"):
         lines += [(key, line) for line in str(m.attrs.get(key, "not stated")).split("\n")]
@@ -197,8 +196,7 @@ def info(m, chunk=10_000):
     lines += [("sha256", sha256(m.path)), ("", ""), ("label", head if m.units else "none")]
     for name, unit in m.units.items():
         if name == "forces":
-            rms = np.sqrt(square / (3 * m.ptr[-1]))
-            stats = f"{'':15} {rms:12.6g} {'':15} {largest:15.9g}  (rms, largest component)"
+            stats = f"{'':15} {(square / m.ptr[-1] / 3) ** 0.5:12.6g} {'':15} {largest:15.9g}  (rms, largest component)"
         else:
             v = m.label(name)
             unknown = np.isnan(v) & (name != "energy")

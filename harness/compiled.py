@@ -39,16 +39,19 @@ def compile_layers(model, device):
         layer.compile(dynamic=True)
 
 
-def compile_gradient(function, device, one_shape):
+def compile_gradient(function, model, device, one_shape):
     """function(pos, ...) -> (scalar, output) becomes compiled code -> (d scalar / d pos, output), and a number.
 
     Sizes that vary should be multiples of that number. one_shape: equal sizes from call to call, and no accumulated
-    gradients. That allows CUDA graphs, which pay since launches dominate.
+    gradients. That allows CUDA graphs, which pay since launches dominate. model is what function runs: one with a
+    module that says `one_graph = False` is refused.
     """
 
     def gradient(*arguments):  # not autograd.grad: torch.compile can differentiate this one again
         return torch.func.grad(function, has_aux=True)(*arguments)
 
+    if not all(getattr(module, "one_graph", True) for module in model.modules()):
+        raise InputError("the derivative of this network cannot be compiled: set compile=false", code=2)
     check_compiler(device)
     if device.type == "cuda" and one_shape:
         # each shape is compiled for itself; with fullgraph torch would raise an error at the ninth

@@ -505,5 +505,6 @@ def test_compiled_layers_equal_eager_ones(tiny):
     for a, b in zip(read_log("out/tiny"), read_log("out/compiled"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     forces = [str(root / "configs/demo_forces.yaml"), f"data={root / 'data/ethanol_demo.h5'}", "max_steps=2"]
-    with pytest.raises(InputError, match="this encoder is not one graph, set compile=false"):
+    with pytest.raises(InputError, match="cannot be compiled: set compile=false"):
         finetune.main([*forces, "init_from=out/tiny/encoder.pt", "compile=true", "out_dir=out/forces"])
+    assert not Path("out/forces").exists()

@@ -43,6 +43,9 @@ def xyz(path, *comments, atoms=WATER):
         ("length_unit=bohr", "its length_unit says bohr"),
         ("LengthUnits=nm", "its LengthUnits says nm"),
         ("Hartree", "its Hartree says hartree"),
+        ("Eh", "its Eh says eh"),
+        ("hartrees", "its hartrees says hartrees"),
+        ('comment="in Hartrees and Bohrs"', "its comment says Hartrees"),
         ("positions{atomic_unit} cell{angstrom}", "says atomic_unit"),
         ('units="_JSON {\\"energy\\": \\"Hartree\\", \\"length\\": \\"Ang\\"}"', "its units says Hartree"),
         ('units=\'{"energy": "Hartree"}\'', "its units says Hartree"),
@@ -529,6 +532,14 @@ def test_a_unit_in_the_name_of_a_tag_must_be_the_one_asked_for(tmp_path):
         data.main(["sdf", str(path), str(tmp_path / "out.h5"), "labels=t [kcal/mol]:eV"])
     data.main(["sdf", str(path), str(tmp_path / "out.h5"), "labels=t [kcal/mol]:kcal/mol"])
     assert Molecules(tmp_path / "out.h5").units == {"t [kcal_mol]": "kcal/mol"}
+
+
+def test_conformers_of_one_molecule_are_told(tmp_path, capsys):
+    pytest.importorskip("rdkit.Chem")
+    path = tmp_path / "a.sdf"
+    path.write_text(2 * f"methanol{sdf_with([])}" + f"methanol{sdf_with([], 'CCO')}")
+    data.main(["sdf", str(path), str(tmp_path / "out.h5")])
+    assert "conformers? A random split parts them (1 molecules)" in capsys.readouterr().out
 
 
 def test_a_geometry_without_its_hydrogens_is_said(tmp_path, capsys):

@@ -484,6 +484,16 @@ def test_a_split_that_cannot_be(tmp_path, settings, message):
     assert message in str(error.value) and "\n" not in str(error.value) and error.value.code == 2
 
 
+def test_a_test_set_without_a_known_label_is_refused(tmp_path):
+    with_splits(tmp_path / "splits.h5")
+    with h5py.File(tmp_path / "splits.h5", "r+") as file:
+        file["y/gap"][file["split/c"][:]] = np.nan
+    with pytest.raises(InputError, match="test_size = 0: there are 0 in c, gap known"):
+        split_data(
+            config_of(train_split="a", val_split="b", test_split="c", test_size=0), Molecules(tmp_path / "splits.h5")
+        )
+
+
 # ---------------------------------------------------------------- where the encoder comes from
 
 

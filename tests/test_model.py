@@ -276,11 +276,12 @@ def test_a_torchmd_net_state_dict_loads_by_name(peer_shapes, full_encoder, prefi
         assert torch.equal(value, theirs[old + name]), name
 
 
-def test_weights_of_another_cutoff_are_refused(peer_shapes):
+@pytest.mark.parametrize("cutoff, other", [(5.0, 6.0), (10.0, 12.0)])
+def test_weights_of_another_cutoff_are_refused(cutoff, other):
     """The filters would not be those of the radial functions that the graph is made for."""
-    longer = EquivariantTransformer(ModelConfig(**PUBLISHED, cutoff_upper=6.0)).state_dict()
+    longer = EquivariantTransformer(ModelConfig(**PUBLISHED, cutoff_upper=other)).state_dict()
     with pytest.raises(ValueError, match="means are of another cutoff: set model.cutoff_upper"):
-        load_representation(EquivariantTransformer(ModelConfig(**PUBLISHED)), longer)
+        load_representation(EquivariantTransformer(ModelConfig(**PUBLISHED, cutoff_upper=cutoff)), longer)
 
 
 def test_the_scalar_head_has_torchmd_nets_names_and_shapes(peer_shapes):

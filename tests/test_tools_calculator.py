@@ -1,4 +1,4 @@
-"""The ASE calculator: the same numbers as predict, forces that are the slope, a neighbour list that is never stale."""
+"""The ASE calculator: the same numbers as predict, forces that are the slope, one molecule after another."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from ase.md.verlet import VelocityVerlet
 import finetune
 from harness.errors import InputError
 from tools import predict
-from tools.calculator import SKIN, GeoReconCalculator
+from tools.calculator import GeoReconCalculator
 
 ROOT = Path(__file__).parent.parent
 ETHANOL = ROOT / "data/ethanol_100.xyz"
@@ -72,22 +72,7 @@ def test_compiled_equals_uncompiled(ethanol, best):
             assert np.allclose(one.get_forces(), two.get_forces(), atol=1e-5)
 
 
-def test_the_pair_list_is_renewed_in_time(ethanol):
-    """A hydrogen goes away and comes back in steps below and above the skin; a new calculator never has an old list."""
-    ethanol.get_forces()
-    made = 0
-    for step in [*[0.15 * SKIN] * 8, 4 * SKIN, -4 * SKIN, *[-0.15 * SKIN] * 8]:
-        listed = ethanol.calc.listed
-        ethanol.positions[8, 0] += step
-        fresh = ethanol.copy()
-        fresh.calc = GeoReconCalculator.__new__(GeoReconCalculator)
-        fresh.calc.__dict__ |= ethanol.calc.__dict__ | {"listed": None, "atoms": None, "results": {}}
-        assert np.allclose(ethanol.get_forces(), fresh.get_forces(), atol=1e-6)
-        made += ethanol.calc.listed is not listed
-    assert 3 <= made < 18  # sometimes, not always
-
-
-def test_another_molecule_gets_a_list_of_its_own(ethanol, best):
+def test_another_molecule_has_its_own_forces(ethanol, best):
     ethanol.get_forces()
     water = ase.Atoms("OH2", [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]], calculator=ethanol.calc)
     alone = water.copy()
@@ -122,8 +107,8 @@ def test_total_energy_is_conserved(ethanol):
 
 
 def test_equal_shapes_from_step_to_step_give_the_same_forces(ethanol):
-    """What compiled code is given on CUDA: the listed pairs, brought up to a multiple by others."""
-    ethanol.positions *= 2.0  # not all pairs lie within cutoff + SKIN
+    """What compiled code is given on CUDA: the pairs, brought up to a multiple by others."""
+    ethanol.positions *= 2.0  # not all pairs lie within the cutoff
     expected = ethanol.get_forces()
     model = ethanol.calc.model
     shapes = set()
@@ -133,7 +118,6 @@ def test_equal_shapes_from_step_to_step_give_the_same_forces(ethanol):
         return model.gradient(pos, z, batch, num_molecules, edge_index)
 
     model.compiled, model.multiple = gradient, 32
-    ethanol.calc.listed = None
     ethanol.calc.reset()
     assert np.allclose(ethanol.get_forces(), expected, atol=1e-5)
     assert shapes == {32}

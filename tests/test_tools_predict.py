@@ -72,6 +72,12 @@ def test_energies_and_forces(runs):
     kcal, unit = io.read("kcal.xyz", 0), ase.units.kcal / ase.units.mol
     assert kcal.get_potential_energy() == pytest.approx(energy * unit, abs=1e-4)
     assert kcal.get_forces() == pytest.approx(first.get_forces() * unit, abs=1e-6)
+    content["property"]["target"] = "energy"  # as target=energy makes it: without forces
+    torch.save(content, "energy.pt")
+    predict.main(["energy.pt", "in.xyz", "energy.xyz"])
+    alone = io.read("energy.xyz", 0)
+    assert alone.get_potential_energy() == pytest.approx(energy * unit, abs=1e-4) and "forces" not in alone.calc.results
+    predict.main(["energy.pt", "energy.xyz", "again.xyz"])  # it reads what it wrote
 
 
 def test_a_property_stands_beside_its_unit(runs):
@@ -79,7 +85,7 @@ def test_a_property_stands_beside_its_unit(runs):
     io.write("in.xyz", water, format="extxyz")
     predict.main([str(runs / "gap/best.pt"), "in.xyz", "out.xyz"])
     info = io.read("out.xyz").info
-    assert info["unit"] == "eV" and math.isfinite(info["gap"])
+    assert info["predicted_unit"] == "eV" and math.isfinite(info["gap"])
 
 
 def test_several_properties(runs):
@@ -92,7 +98,7 @@ def test_several_properties(runs):
     z, pos = torch.from_numpy(found.numbers), torch.from_numpy(found.positions).float()
     y = model.restore(model(z, pos, torch.zeros_like(z), 1)[0], z, torch.zeros_like(z))[0].tolist()
     assert [found.info["gap"], found.info["mu"]] == pytest.approx(y, abs=1e-5)
-    assert found.info["unit"] == "gap eV, mu D" and found.info["given_mu"] == 1.8
+    assert found.info["predicted_unit"] == "gap eV, mu D" and found.info["given_mu"] == 1.8
 
 
 def test_what_it_cannot_predict_is_one_line(runs):
@@ -171,8 +177,8 @@ def test_molecules_from_an_sdf(runs, capsys):
     found = io.read("out.xyz", ":")
     assert [len(atoms) for atoms in found] == [9, 12, 2]
     for k, atoms in enumerate(found):
-        assert atoms.info.keys() == {"id", "gap", "given_gap", "unit"} and not atoms.pbc.any()
-        assert atoms.info["id"] == k and atoms.info["given_gap"] == k + 5.5 and atoms.info["unit"] == "eV"
+        assert atoms.info.keys() == {"id", "gap", "given_gap", "predicted_unit"} and not atoms.pbc.any()
+        assert atoms.info["id"] == k and atoms.info["given_gap"] == k + 5.5 and atoms.info["predicted_unit"] == "eV"
         assert atoms.info["gap"] == pytest.approx(of_geometry(best, atoms), abs=1e-5)  # of positions in 8 digits
 
 
@@ -231,4 +237,4 @@ def test_a_name_that_extended_xyz_has_for_itself(runs, name):
     predict.main(["named.pt", "in.xyz", "out.xyz"])
     found = io.read("out.xyz")
     assert found.info["predicted"] == pytest.approx(of_geometry(runs / "gap/best.pt", found), abs=1e-5)
-    assert found.info["unit"] == "eV"
+    assert found.info["predicted_unit"] == "eV"

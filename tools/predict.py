@@ -23,7 +23,8 @@ from harness.files import check_file, check_new, write_whole
 from harness.ranks import tune_cpu
 
 IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
-TAKEN = {"id", "unit", "pbc", "Lattice", "Properties", "stress", "virial"}  # by extended xyz
+TAKEN = {"id", "unit", "predicted_unit", "pbc", "Lattice", "Properties"}  # by extended xyz
+TAKEN |= {"stress", "virial", "free_energy"}
 
 
 def untrained(about, z):
@@ -32,23 +33,23 @@ def untrained(about, z):
     return f"the model was trained on no molecule with element {min(strange)}" if strange else ""
 
 
-def predict_molecule(model, about, z, pos, edge_index=None):
+def predict_molecule(model, about, z, pos):
     """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) or None.
 
-    A model of energies and forces gives eV and eV/angstrom in float64, any other its property in
-    its unit, a list of several. InputError: an element that the model was not trained on.
+    An energy is in eV and forces in eV/angstrom, float64; any other property is in its unit, several
+    are a list. InputError: an element that the model was not trained on.
     """
     if why := untrained(about, z):
         raise InputError(why)
     forces, batch = about["target"] == "energy_forces", torch.zeros_like(z)
     centred = (pos - pos.mean(0)).to(next(model.parameters()).dtype)
     with explain("the radius graph", ValueError):
-        y, f = model(z, centred, batch, 1, forces, edge_index)
+        y, f = model(z, centred, batch, 1, forces)
     value = model.restore(y, z, batch)[0].tolist()
-    if not forces:
+    if about["name"] != "energy":
         return value, None
     scale = IN_EV[about["unit"]]
-    return value * scale, (f.double() * model.std).cpu().numpy() * scale
+    return value * scale, (f.double() * model.std).cpu().numpy() * scale if forces else None
 
 
 def read_molecules(source):
@@ -78,7 +79,7 @@ def predict(checkpoint, source, out):
     single_point = need("ase.calculators.singlepoint", "writing xyz")
     model, about = load_property_model(checkpoint)
     check_new(out, kinds=(".xyz", ".extxyz"))
-    if about["target"] == "energy_forces" and about["unit"] not in IN_EV:
+    if about["name"] == "energy" and about["unit"] not in IN_EV:
         raise InputError(f"{checkpoint}: energies in {about['unit']}; known are {', '.join(IN_EV)}")
     molecules = read_molecules(source)
     keys = {name: name for name in about["name"].split(",")}
@@ -100,13 +101,14 @@ def predict(checkpoint, source, out):
         for name, given in (atoms.calc.results if atoms.calc else {}).items():
             (atoms.arrays if np.ndim(given) == 2 else atoms.info)[f"given_{name}"] = given
         atoms.calc = None
-        if forces is None:
+        if about["name"] != "energy":
             values = value if len(keys) > 1 else [value]
             units = zip(keys.values(), about["unit"].split(","), strict=True)
             unit = about["unit"] if len(keys) == 1 else ", ".join(f"{key} {unit}" for key, unit in units)
-            atoms.info |= dict(zip(keys.values(), values, strict=True)) | {"unit": unit}
+            atoms.info |= dict(zip(keys.values(), values, strict=True)) | {"predicted_unit": unit}
         else:
-            atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)
+            found = {"energy": value} | ({"forces": forces} if about["target"] == "energy_forces" else {})
+            atoms.calc = single_point.SinglePointCalculator(atoms, **found)
         written.append(atoms)
     if not written:
         raise InputError(f"{source}: no molecule is left: {why}")
