@@ -195,7 +195,7 @@ class StepBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, molecules, index, batch_size, seed, rank=0, world=1, accumulate=1, forces=False):
-        self.molecules, self.index, self.forces = molecules, np.asarray(index, dtype=np.int64), forces
+        self.molecules, self.index, self.forces = molecules, np.asarray(index, np.int64), forces
         self.batch_size, self.seed, self.rank, self.world, self.accumulate = batch_size, seed, rank, world, accumulate
         if batch_size < 1 or batch_size % (parts := world * accumulate):
             raise InputError(f"batch_size {batch_size} must be a multiple of ranks x accumulate = {parts}", code=2)

@@ -215,7 +215,7 @@ class Labels:
 
     def unit_of(self, error):
         """The unit of a figure such as forces_mae."""
-        unit = self.shown[max((name for name in self.shown if error.startswith(f"{name}_")), key=len)]
+        unit = self.shown[max((n for n in self.shown if error.startswith(f"{n}_")), key=len)]
         return f"{unit} per atom" if "per_atom" in error else unit
 
 
@@ -327,7 +327,7 @@ def load_property_model(path, device="cpu"):
         if not known or not all(type(z) is int for z in about["elements"]):
             raise ValueError("its name or unit is no word, its reduce none of ours, or an element no number")
         encoder, T = new_encoder(build_config(ModelConfig, content["model"])), about["name"].count(",") + 1
-        empty = (np.zeros((*size, T) if T > 1 else size) for size in ((encoder.config.max_z,), (), ()))
+        empty = (np.zeros((*s, T) if T > 1 else s) for s in ((encoder.config.max_z,), (), ()))
         model = PropertyModel(encoder, about["head"], about["reduce"], *empty)
         model.load_state_dict(content["state_dict"])
         if not (model.std > 0).all():

@@ -321,7 +321,7 @@ def main(arguments):
     molecules.check_elements(index, min(encoder.config.max_z for encoder in encoders.values()))
     found = {name: measure(encoder, molecules, index, config, device) for name, encoder in encoders.items()}
     print("\n".join(table(found)))
-    result = {"summary": {name: summarise(one) for name, one in found.items()}, "checkpoints": found}
+    result = {"summary": {n: summarise(one) for n, one in found.items()}, "checkpoints": found}
     result |= {"molecules": index.tolist(), "displacements": DISPLACEMENTS, "settings": asdict(config)}
     write_json(folder / "lipschitz.json", result | made_by)
     draw(found, folder, f"{config.data}, {len(index)} molecules, commit {made_by['commit']}")

@@ -236,8 +236,8 @@ def survey(path, columns, asked):
             raise InputError(f"{told}: standardised, so not in {unit}. Take the raw values, or write {name}:1")
     notes = [f"{name}: {n} of its cells are no numbers, {texts[name]}" for name, n in number.items()]
     if again:
-        number_again = sum(map(len, groups.values())) - len(first)
-        notes.append(f"{number_again} rows have a molecule that stood before, such as that of {again}")
+        repeats = sum(map(len, groups.values())) - len(first)
+        notes.append(f"{repeats} rows have a molecule that stood before, such as that of {again}")
     return split_scaffolds(groups), notes
 
 

@@ -111,7 +111,7 @@ class Encoding(NamedTuple):
         return (self.last - self.first).permute(0, 2, 3, 1)
 
     def weigh(self, weight):
-        """1/n sum_j weight_ij (r_j - r_i) over a molecule's tokens: (B, n, n, C) -> (B, n, 3, C)."""
+        """1/n sum_j weight_ij (r_j - r_i) over the tokens: (B, n, n, C) -> (B, n, 3, C)."""
         step = self.step * self.real[:, None, :, None]  # (B, n, n, 3)
         return product(step.mT, weight) / self.real.sum(1)[:, None, None, None]
 

@@ -3,9 +3,9 @@
     python pretrain.py configs/unimol_small_pretrain.yaml
     python pretrain.py configs/unimol_small_rec_pretrain.yaml
 
-A share of 0.15 of the atoms is chosen. Of these 5 % stay as they are, 5 % become another element and
-90 % become MASK; all but the first are moved by u, uniform in +- position_noise_scale (1 angstrom)
-along each axis. The network says what the chosen atoms were, where, and how far from all others.
+A share of 0.15 of the atoms is chosen. Of these 5 % stay as they are, 5 % become another element
+and 90 % become MASK; all but the first are moved by u, uniform in +- position_noise_scale
+(1 angstrom) along each axis. The network says what the chosen atoms were, where, and how far from all others.
 
     L = CE + 5 coord + 10 dist + 0.01 x_norm + 0.01 pair_norm
     unimol_rec: L + w_rec 5 rec + w_clean 5 clean
@@ -55,8 +55,8 @@ COORD, DIST, X_NORM, PAIR_NORM = 5, 10, 0.01, 0.01  # weights of the losses; tha
 def corrupt(token, batch, noise):
     """What the network sees: -> chosen (N,) bool, token (N,), u (N, 3) in [-1, 1], 0 if not moved.
 
-    noise (N, 7), standard normal: u; the order of choosing; the number of chosen atoms, floor(0.15 m
-    + U) of a molecule of m; stay, element or MASK; the element.
+    noise (N, 7), standard normal: u; the order of choosing; the number of chosen atoms,
+    floor(0.15 m + U) of a molecule of m; stay, element or MASK; the element.
     """
     chance = uniform(noise)  # (N, 7) in (0, 1)
     counts = torch.bincount(batch)  # (B,)
@@ -115,8 +115,8 @@ class DistanceHead(nn.Module):
         self.out_proj = Dense(num_heads, 1)
 
     def forward(self, pair):
-        found = self.out_proj(self.layer_norm(gelu(self.dense(pair.permute(0, 2, 3, 1))))).squeeze(-1)
-        return 0.5 * (found + found.mT)
+        out = self.out_proj(self.layer_norm(gelu(self.dense(pair.permute(0, 2, 3, 1))))).squeeze(-1)
+        return 0.5 * (out + out.mT)
 
 
 class UniMolDecoder(nn.Module):

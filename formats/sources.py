@@ -56,7 +56,7 @@ def open_raw(path):
     with open(path, "rb") as file:
         magic = file.read(6)
     openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-    return next((opener for key, opener in openers.items() if magic.startswith(key)), open)(path, "rb")
+    return next((opener for k, opener in openers.items() if magic.startswith(k)), open)(path, "rb")
 
 
 def files_in(path):
@@ -175,7 +175,7 @@ def parse_sdf(items, titled):
 def qm9_labels(values):
     """The 15 numbers of QM9's comment line (Hartree) -> {y/<name>: value}, units of QM9_LABELS"""
     pairs = zip(QM9_LABELS, values, strict=True)
-    return {f"y/{name}": value * (HAR2EV if unit == "eV" else 1) for (name, unit, _), value in pairs}
+    return {f"y/{name}": v * (HAR2EV if unit == "eV" else 1) for (name, unit, _), v in pairs}
 
 
 def qm9_rows(raw, columns):

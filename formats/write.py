@@ -129,7 +129,7 @@ def convert(source, raws, out, splits_of=None, labels=""):
     raws, out, asked = [Path(raw) for raw in raws], Path(out), parse_labels(labels)
     check_new(out, kinds=(".h5",))
     for raw in raws:
-        check_file(raw, "download it first")
+        check_file(raw, "the file to write is the last one" if raw.suffix == ".h5" else "download it first")
     if source == "pcqm4mv2" and len(raws) > 1:
         raise InputError(f"pcqm4mv2 takes one raw file, got {len(raws)}", code=2)
     if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
@@ -187,7 +187,7 @@ def info(m, chunk=10_000):
     lines += [("atoms", f"{atoms.min()} to {atoms.max()} per molecule, mean {atoms.mean():.1f}")]
     lines += [("elements", ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements)))]
     lines += [("pairs", f"{near / len(m):.1f} per molecule within 5 Å")]
-    far = " (far: are these bohr?)" * (nearest > 1.2)  # a bond with hydrogen is shorter
+    far = " (far: are these bohr?)" * bool(nearest > 1.2)  # a bond with hydrogen is shorter
     lines += [("closest atoms", f"{nearest:.3f} Å in molecule {closest}{far}")] if closest is not None else []
     lines += [("splits", ", ".join(f"{name} {len(index):,}" for name, index in m.splits.items()) or "none")]
     for key in ("source", "source_sha256", "command", "license", "attribution"):

@@ -57,7 +57,7 @@ def convert(value, kind, name):
             known = {"true": True, "false": False} | ({} if kind is bool else {"auto": None, "none": None})
             return known[str(value).lower()]
         if kind is dict and isinstance(value, dict):
-            return {str(key): convert(number, float, f"{name}.{key}") for key, number in value.items()}
+            return {str(key): convert(n, float, f"{name}.{key}") for key, n in value.items()}
         if isinstance(value, (bool, dict, list)) or value is None:
             raise wrong
         if kind is str:
@@ -89,7 +89,7 @@ def build_config(kind, settings, prefix=""):
             values[key] = build_config(known[key].type, value, f"{name}.")
             continue
         values[key] = convert(value, known[key].type, name)
-        low, below, choices = (known[key].metadata.get(bound) for bound in ("low", "below", "choices"))
+        low, below, choices = (known[key].metadata.get(b) for b in ("low", "below", "choices"))
         for item in values[key] if isinstance(values[key], tuple) else [values[key]]:
             needed = choices and item not in choices and f"one of {', '.join(map(str, choices))}"
             needed = needed or low is not None and item < low and f"at least {low}"

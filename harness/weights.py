@@ -40,7 +40,7 @@ def require(found, like, where):
         right = type(found) is type(like) and found == like
     if not right:
         kinds = like if isinstance(like, tuple) else (like,)
-        wanted = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in kinds)
+        wanted = " or ".join(k.__name__ if isinstance(k, type) else repr(k) for k in kinds)
         raise InputError(f"{where} is {reprlib.repr(found)}, expected {wanted}")
 
 

@@ -57,7 +57,7 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    kind = KINDS.get(study, "family")  # readings' untrained networks are one, with two kinds of norms
+    kind = KINDS.get(study, "family")  # of readings the untrained network has two kinds of norms
     compared = [row for arm, row in rows.items() if kind == "family" or "untrained" not in arm]
     least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
     if kind in ("family", "readings") and any(least):
@@ -138,7 +138,7 @@ LOSSES = ("loss_noise", "loss_token", "loss_coord", "loss_dist", "loss_rec", "lo
 LOSSES = {name: lambda run, name=name: run["val"].get(name) for name in LOSSES}
 LOSSES["use of g, %"] = lambda run: use_of_g(run["val"])
 USE = {  # of g, in %, over the steps
-    f"step {n:,}": lambda run, n=n: use_of_g(next(val for val in run["curve_val"] if val["step"] == n))
+    f"step {n:,}": lambda run, n=n: use_of_g(next(v for v in run["curve_val"] if v["step"] == n))
     for n in (1000, 3000, 8000, 20000)
 }
 

@@ -107,7 +107,7 @@ def from_own_seed(tasks, encoders, numbers=(1, 2)):
     for start, encoder in encoders.items():
         weights = "step_0.pt" if start.startswith("untrained") else "encoder.pt"
         more |= {f"{start}_s{n}": [f"init_from=out/{encoder}_s{n}/{weights}", f"seed={n}"] for n in numbers}
-    return {f"{task}_{s}": [*run, *words] for task, run in tasks.items() for s, words in more.items()}
+    return {f"{task}_{s}": [*run, *w] for task, run in tasks.items() for s, w in more.items()}
 
 
 ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}

@@ -379,7 +379,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
         (["sample", DEMO, out, "num=2001", "seed=0"], 2, "has 2000 molecules"),
         (["sample", DEMO, out, "num=0", "seed=0"], 2, "has 2000 molecules"),
         (["md17", out, npz], 2, "must end in .h5"),
-        (["md17", out, tmp_path / "p.h5"], 2, "the file to write is the last one"),
+        (["md17", out, tmp_path / "p.h5"], 1, "the file to write is the last one"),
         (["md17", tmp_path / "none.npz", out], 1, "no such file"),
         (["md17", tmp_path, out], 1, "a folder, not a file"),
         (["md17", npz, tmp_path / "no" / "o.h5"], 1, "no such folder"),

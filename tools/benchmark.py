@@ -9,8 +9,8 @@ family     a step of each objective, 25 molecules as in App. J, with whitening, 
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
 
-Times are medians of interleaved rounds, ratios medians of the rounds' ratios. The peer is torchmd-net
-3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB with torch).
+Times are medians of interleaved rounds, ratios medians of the rounds' ratios. The peer is
+torchmd-net 3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB with torch).
 """
 
 import copy

@@ -3,10 +3,10 @@
     python -m tools.embed results/encoders/georecon_s1.pt IN.csv OUT.npz       also IN.sdf, IN.xyz
     python -m tools.embed out/my/best.pt IN.csv OUT.npz                        of a fine-tuned model
 
-OUT.npz holds `id` (M,), `embedding` (M, F), `smiles` (M,) of a csv, and `y/<name>` (M,) of each column
-or tag with numbers, NaN where it has none. RDKit makes a conformer of each SMILES; a row without one is
-left out. An element that the encoder never saw has a random vector. results/README.md says what such
-features are worth.
+OUT.npz holds `id` (M,), `embedding` (M, F), `smiles` (M,) of a csv, and `y/<name>` (M,) of each
+column or tag with numbers, NaN where it has none. RDKit makes a conformer of each SMILES; a row
+without one is left out. An element that the encoder never saw has a random vector.
+results/README.md says what such features are worth.
 """
 
 from pathlib import Path

@@ -32,7 +32,7 @@ def read(path, model):
     with explain(f"{path} is no .safetensors of an encoder of ours", Exception):
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         require(about, {"schema": "georecon/1", "model": str}, "its metadata")
         require_finite(state_dict, "it")
         encoder = new_encoder(build_config(ModelConfig, json.loads(about["model"])))

@@ -36,8 +36,8 @@ def untrained(about, z):
 def predict_molecule(model, about, z, pos):
     """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) or None.
 
-    An energy is in eV and forces in eV/angstrom, float64; any other property is in its unit, several
-    are a list. InputError: an element that the model was not trained on.
+    An energy is in eV and forces in eV/angstrom, float64; any other property is in its unit,
+    several are a list. InputError: an element that the model was not trained on.
     """
     if why := untrained(about, z):
         raise InputError(why)
