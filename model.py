@@ -288,7 +288,8 @@ class InverseSqrt(torch.autograd.Function):
 
     Autograd through an eigendecomposition divides by differences of eigenvalues, NaN for the zero
     vector or a tetrahedral site. Y = A^(-1/2) obeys Y^2 = A^-1, so dY solves
-    Y dY + dY Y = -Y^2 dA Y^2: a sum of eigenvalues of Y, never zero. The map dA -> dY is its own adjoint: forward and reverse mode are one formula.
+    Y dY + dY Y = -Y^2 dA Y^2: a sum of eigenvalues of Y, never zero. The map dA -> dY is its own
+    adjoint: forward and reverse mode are one formula.
     """
 
     @staticmethod

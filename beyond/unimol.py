@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from beyond.painn import refuse_norms
+from harness.errors import InputError
 from model import Linear, safe_norm, scatter_mean, scatter_sum, take
 
 # ---------------------------------------------------------------- tokens
@@ -75,6 +76,8 @@ def pad(token, pos, batch):
     DEVIATION: positions are from the centroid of what the encoder is given. The public code takes
     the clean molecule's, so its CLS tells where the noise has moved the centroid.
     """
+    if (batch.diff() < 0).any():
+        raise ValueError("Uni-Mol: batch must be sorted, the atoms of a molecule side by side")
     counts = torch.bincount(batch)  # (B,)
     B, n = len(counts), int(counts.max()) + 2
     first_atom = counts.cumsum(0) - counts
@@ -245,6 +248,8 @@ class UniMol(nn.Module):
     def __init__(self, config):
         super().__init__()
         refuse_norms(config)
+        if config.num_heads == 1:  # a LayerNorm over one head is 0, and vec would not depend on the geometry
+            raise InputError("model.num_heads = 1: model.backbone = unimol needs two or more", code=2)
         self.config = config
         channels, num_heads, num_rbf = config.embedding_dimension, config.num_heads, config.num_rbf
         self.register_buffer("token_of", token_table(), persistent=False)
@@ -296,7 +301,9 @@ class UniMol(nn.Module):
 def load_public(module, state_dict):
     """Load the `model` of a public Uni-Mol checkpoint by name into a UniMol or objective unimol.
 
-    What has no place there is left out. vec_proj, which no public file has, stays as it is.
+    What has no place there is left out. vec_proj, which no public file has, stays as it is. Until
+    April 2024 the public code had 1/(n - 1) in place of 1/n and summed over PAD, too: the weights of
+    2022 were made so. x is the same; the scale of vec and of the moves is not.
     """
     prefix = "" if isinstance(module, UniMol) else "encoder."
     own = [name for name in module.state_dict() if not name.endswith("vec_proj.weight")]
