@@ -4,9 +4,8 @@
     python finetune.py configs/md17_aspirin.yaml init_from=out/pcqm_md17/encoder.pt
     python finetune.py configs/probe_qm9.yaml init_from=out/qm9_small/encoder.pt   encoder frozen, one linear layer
 
-init_from is an encoder.pt, last.pt or step_<n>.pt of any stage, or a state dict of TorchMD-NET or Coord; without it
-the encoder starts from scratch. A run folder is pretrain.py's, with best.pt, the model at its best validation, in the
-place of encoder.pt; a linear probe leaves none. best.pt is tested once, at the end, beside the best constant.
+init_from is a checkpoint of any stage, or a state dict of TorchMD-NET or Coord; without it the encoder is a fresh one.
+A run folder has best.pt, the model at its best validation, in the place of encoder.pt. It is tested once, at the end.
 """
 
 import math
@@ -199,11 +198,14 @@ class Labels:
         elif not has_references and (grow := np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
             self.remark += f"; {', '.join(np.array(self.names)[grow])} grows with the molecule: try references=fit"
         held_out = {n: molecules.composition(i, max_z, self.forces) for n, i in others.items()}  # (m, max_z) each
-        self.constant = {n: torch.from_numpy(c @ self.references + middle) for n, c in held_out.items()}  # (m, T) each
-        new = {n: i[held_out[n][:, ~counts.any(0)].any(1)] for n, i in others.items()}  # with elements of their own
-        if told := [f"{n} has {len(i)} (the first has id {molecules.ids[i[0]]})" for n, i in new.items() if len(i)]:
-            told = f"{molecules.path}: molecules with an element that no training molecule has: {', '.join(told)}"
-            raise InputError(f"{told}; leave them out of the file, or split it otherwise")
+        known = {n: ~c[:, ~counts.any(0)].any(1) for n, c in held_out.items()}  # (m,) of elements that were trained on
+        self.others = {n: i[known[n]] for n, i in others.items()}
+        self.constant = {n: torch.from_numpy(c[known[n]] @ self.references + middle) for n, c in held_out.items()}
+        gone = {n: i[~known[n]] for n, i in others.items() if not known[n].all()}
+        if told := ", ".join(f"{len(i)} of {n} (the first has id {molecules.ids[i[0]]})" for n, i in gone.items()):
+            self.remark += f"; left out, with an element that no training molecule has: {told}"
+        if not all(map(len, self.others.values())):
+            raise InputError(f"{molecules.path}: with an element that no training molecule has: {told}, and no others")
         if not (self.std > 1e-12 * np.maximum(1.0, np.abs(self.mean))).all():
             raise InputError(f"{molecules.path}: {self.name} is the same for all {len(train)} training molecules")
 
@@ -400,10 +402,9 @@ def pooled_features(encoder, molecules, index, config, device):
     features = []
     for part in np.array_split(index, math.ceil(len(index) / config.inference_batch_size)):
         arrays = molecules.read(part)
-        z, pos, batch = (arrays[name].to(device) for name in ("z", "pos", "batch"))
         with explain("the radius graph", ValueError):
-            x = encoder(z, pos, batch)[0].double()
-        features.append((scatter_mean if config.pooling == "mean" else scatter_sum)(x, batch, len(part)).cpu())
+            x = encoder(*(arrays[name].to(device) for name in ("z", "pos", "batch")))[0].double().cpu()
+        features.append((scatter_mean if config.pooling == "mean" else scatter_sum)(x, arrays["batch"], len(part)))
     return torch.cat(features)
 
 
@@ -464,13 +465,12 @@ def train_step(net, parts, step, labels, config, device, world):
     noise = standard_normal(parts[0]["global_atoms"], TRAIN, config.seed, step)  # (A, 3), for the noise head
 
     def share_of(part):
-        first, num_atoms = part["first_atom"], len(part["z"])
+        mine = noise[part["first_atom"] :][: len(part["z"])]
         y = labels.standardised(part, part["index"].numpy())
         forces = (part["forces"].double() / labels.std[0]).float() if labels.forces else None
-        arrays = part["z"], part["pos"], part["batch"], y, forces, noise[first : first + num_atoms]
-        arrays = [array if array is None else array.to(device) for array in arrays]
+        arrays = [a if a is None else a.to(device) for a in (part["z"], part["pos"], part["batch"], y, forces, mine)]
         with explain("the radius graph", ValueError):
-            return net(*arrays, part["num_molecules"] / config.batch_size, num_atoms / part["global_atoms"])
+            return net(*arrays, part["num_molecules"] / config.batch_size, len(mine) / part["global_atoms"])
 
     return backward(net, parts, share_of, world)
 
@@ -484,7 +484,6 @@ def finetune(config, run):
     """The whole run: data, model, start or resume, loop, test."""
     molecules, device = Molecules(config.data), run.device
     train, val, tests = split_data(config, molecules)
-    parts = {"train": train, "val": val, **tests}
     splits = [config.train_split, *filter(None, [config.val_split, *config.test_split.split(",")])]
     lost = {s: len(molecules.split(s)) - len(molecules.split(s, config.target)) for s in splits}
     lost = ", ".join(f"{num:,} of {name or 'all'}" for name, num in lost.items() if num)
@@ -496,8 +495,9 @@ def finetune(config, run):
     torch.manual_seed(config.seed)
     encoder, encoder_line = make_encoder(config, run.checkpoint)
     config = replace(config, model=encoder.config)
-    molecules.check_elements(np.concatenate([*parts.values()]), encoder.config.max_z)
+    molecules.check_elements(np.concatenate([train, val, *tests.values()]), encoder.config.max_z)
     labels = Labels(config, molecules, train, {"val": val} | tests, encoder.config.max_z)
+    parts = {"train": train} | labels.others
     torch.manual_seed(config.seed)
     constants = map(np.squeeze, (labels.references, labels.mean, labels.std))  # of one target without T
     model = PropertyModel(encoder, head_of(config), config.reduce, *constants)
@@ -534,7 +534,7 @@ def finetune(config, run):
 
     def validate():
         model_now = average.module if average else model
-        found = errors(model_now, molecules, val, labels, config, device, *ranks)
+        found = errors(model_now, molecules, parts["val"], labels, config, device, *ranks)
         run.log.write({"step": run.step, "split": "val", **found})
         if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
             state.update(best_val=found, best_step=run.step)
@@ -570,7 +570,7 @@ def finetune(config, run):
 
     barrier()  # best.pt is whole
     best, about = load_property_model(run.folder / "best.pt", device)
-    found = {name: errors(best, molecules, index, labels, config, device, *ranks) for name, index in tests.items()}
+    found = {name: errors(best, molecules, parts[name], labels, config, device, *ranks) for name in tests}
     finish(config, run, labels, molecules, parts, about["val"], found, state, about["step"], num_parameters(model))
 
 

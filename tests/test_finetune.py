@@ -611,12 +611,18 @@ def test_a_probe_of_a_label_with_a_mean_has_an_intercept(tiny):
     assert found["mu_mae_ridge"] < found["mu_mae_constant"]
 
 
-def test_an_element_that_training_did_not_see_is_refused(tiny):
+def test_molecules_with_an_element_that_training_did_not_see_are_left_out(tiny):
+    """MoleculeNet's Lipophilicity has its only selenium in the validation set."""
     config = load_config(FinetuneConfig, ["gap.yaml"])
     molecules = Molecules(QM9)
     only_h_c = np.array([m for m in range(200) if set(molecules.read([m])["z"].tolist()) <= {1, 6}])
-    with pytest.raises(InputError, match=r"no training molecule has: val has \d+ \(the first has id \d+\)"):
-        Labels(config, molecules, only_h_c, {"val": np.arange(200)}, 100)
+    labels = Labels(config, molecules, only_h_c, {"val": np.arange(200)}, 100)
+    assert labels.others["val"].tolist() == only_h_c.tolist() and len(labels.constant["val"]) == len(only_h_c)
+    told = f"left out, with an element that no training molecule has: {200 - len(only_h_c)} of val (the first has id"
+    assert told in labels.remark
+    others = np.setdiff1d(np.arange(200), only_h_c)
+    with pytest.raises(InputError, match=rf"no training molecule has: {len(others)} of test \(.*\), and no others"):
+        Labels(config, molecules, only_h_c, {"val": only_h_c, "test": others}, 100)
 
 
 def test_a_head_that_is_never_negative_takes_no_negative_labels(tiny):
