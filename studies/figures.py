@@ -9,7 +9,7 @@ from harness.errors import need
 from harness.files import write_whole
 from studies import runs
 
-KINDS = {  # what a study's table and figure are of; of all others "family"
+KINDS = dict.fromkeys(runs.STUDIES, "family") | {  # what a study's table and figure are of
     **{"control": "smoothness", "control_long": "smoothness", "alpha": "arms", "graph_embedding": "arms"},
     **{"qm9_wide": "losses", "precision": "losses", "family_long": "use", "output_norm": "readings"},
 }
@@ -18,7 +18,7 @@ KINDS = {  # what a study's table and figure are of; of all others "family"
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
     kinds = {"readings": readings_rows, "family": family_rows}
-    if (kind := KINDS.get(study, "family")) in kinds:
+    if (kind := KINDS[study]) in kinds:
         return kinds[kind](results)
     return rows_of(results, {"losses": LOSSES, "use": USE}.get(kind, SMOOTHNESS))
 
@@ -57,7 +57,7 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    kind = KINDS.get(study, "family")  # of readings the untrained network has two kinds of norms
+    kind = KINDS[study]  # of readings the untrained network has two kinds of norms
     compared = [row for arm, row in rows.items() if kind == "family" or "untrained" not in arm]
     least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
     if kind in ("family", "readings") and any(least):
@@ -90,7 +90,7 @@ def least_difference(samples):
 
 def rows_drawn(study, results):
     """What is drawn: {arm: {column: its value for each seed}}, and the columns."""
-    rows, kind = rows_for(study, results), KINDS.get(study, "family")
+    rows, kind = rows_for(study, results), KINDS[study]
     if kind == "smoothness":
         rows = rows_of(results, over_steps(results[0]))
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
@@ -123,7 +123,7 @@ def draw(study, results):
     commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
     made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
     figure.supxlabel(made_by, fontsize=7, color="0.4")
-    path = runs.ROOT / "results" / study / f"{KINDS.get(study, 'family')}.png"
+    path = runs.ROOT / "results" / study / f"{KINDS[study]}.png"
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
