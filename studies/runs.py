@@ -98,6 +98,9 @@ FACTORS = {
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
     "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
 }
+# is the rough embedding the clean loss's? Of alpha, is it the noise, or the weight, alpha^2 w_rec?
+WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
+WEIGHTS |= {f"alpha{a}_w{w}": pretrain(f"alpha={a}", f"w_rec={w}") for a, w in ((3, 0.05), (1, 4.05), (1.35, 0.247))}
 THERMAL_STARTS = {name[1:] or "georecon": f"graph_embedding/thermal{name}" for name in THERMAL}
 
 
@@ -110,6 +113,11 @@ def from_own_seed(tasks, encoders, numbers=(1, 2)):
     return {f"{task}_{s}": [*run, *w] for task, run in tasks.items() for s, w in more.items()}
 
 
+# Table 10 at the paper's size: pretrained and fine-tuned on 3BPA. Of the set at 1200 K we have a part
+TABLE10 = ["pretrain.py", "configs/3bpa_pretrain.yaml", "compile=true", "keep_steps=0"]
+TABLE10 = {o: [*TABLE10, f"objective={o}"] for o in OBJECTIVES}
+HOT = ["finetune.py", "configs/3bpa.yaml", "compile=true", "test_split=test_300K,test_600K,test_1200K_reduced"]
+HOT_STARTS = {o: f"table10/{o}" for o in OBJECTIVES} | {"untrained": "table10/coord"}
 ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
@@ -121,6 +129,8 @@ STUDIES = {
     "family": seeds((1, 2, 3), FAMILY | NETWORKS),  # the denoising family on equal footing
     "family_long": seeds((1,), {"scd": pretrain("objective=scd", ADAPTIVE, steps=20000)}),  # is g used more then?
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
+    "family_weights": seeds((1, 2, 3), WEIGHTS),
+    "table10": seeds((1, 2, 3), TABLE10) | from_own_seed({"3bpa": HOT}, HOT_STARTS, (1, 2, 3)),
     "unimol": seeds((1, 2, 3), UNIMOL | {"unimol_rec_no_g": [*UNIMOL["unimol_rec"], "decoder_graph_emb=false"]}),
     "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
@@ -134,9 +144,10 @@ STUDIES = {
 EQUAL_ARMS = ("coord_rms", "georecon_rms")
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
 BESIDE["family_long"] = {"control_long": ("georecon_rms",)}
+BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
 BESIDE["unimol"] = {"molnet": None}
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
-READ = ("output_norm", "family", "encoders")  # at two places in space, untrained and trained
+READ = ("output_norm", "family", "family_weights", "encoders")  # at two places in space, untrained and trained
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
