@@ -198,13 +198,13 @@ class EquivariantMultiHeadAttention(nn.Module):
         """d_k and the filters of parts: rbf (M, K) -> (M, F) each."""
         return [silu(self.dk_proj(attr)), *(silu(linear(attr, *part)) for part in parts)]
 
-    def attend(self, q, k, d_k):
-        """A_ij before its cutoff: three (M, F) -> (M, H, 1)."""
-        return silu((q * k * d_k).unflatten(-1, (self.num_heads, -1)).sum(-1, keepdim=True))
+    def heads(self, *values):
+        """(M, F) -> (M, H, D), each. Whole heads as an axis: compiled, a loop over F could not be vectorised."""
+        return (value.unflatten(-1, (self.num_heads, -1)) for value in values)
 
-    def weigh(self, values, attention):
-        """The values of each head times its attention: (M, F), (M, H, 1) -> (M, F)."""
-        return (values.unflatten(-1, (self.num_heads, -1)) * attention).flatten(-2)
+    def attend(self, q, k, d_k):
+        """A_ij before its cutoff: three (M, H, D) -> (M, H, 1)."""
+        return silu((q * k * d_k).sum(-1, keepdim=True))
 
     def fade(self, graph, d_x, *vector_filters):
         """-> the factor that A still needs (C or 1), d_x, d_1, d_2. Pairs beyond the cutoff get zero weight."""
@@ -217,23 +217,25 @@ class EquivariantMultiHeadAttention(nn.Module):
         x = self.layernorm(x)
         if vec is None:
             return self.first(x, graph)
-        q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
         v_x, v_1, v_2 = (linear(x, *part) for part in self.parts(self.v_proj))  # (N, F)
+        q, k, v_x = self.heads(self.q_proj(x), self.k_proj(x), v_x)  # (N, H, D)
         parts = self.parts(self.dv_proj)
         d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, parts)  # (P, F)
         loop_k, loop_x, loop_1 = self.filters(graph.self_attr, parts[:2])  # (1, F)
+        loop_k, loop_x = self.heads(loop_k, loop_x)  # (1, H, D)
 
         # self-loops: C = 1, no u
-        y = self.weigh(v_x * loop_x, self.attend(q, k, loop_k))  # (N, F)
+        y = v_x * loop_x * self.attend(q, k, loop_k)  # (N, H, D)
         vec_v = vec * v_1.unsqueeze(1)  # (N, 3, F)
         w = vec_v * loop_1  # (N, 3, F)
 
         # the two directions of each pair
         cutoff, d_x, d_1, d_2 = self.fade(graph, d_x, d_1, d_2)
+        d_k, d_x = self.heads(d_k, d_x)  # (P, H, D)
         unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
             attention = self.attend(take(q, i), take(k, j), d_k) * cutoff  # (P, H, 1)
-            y = y + scatter_sum(self.weigh(take(v_x, j) * d_x, attention), i, len(x))  # (P, F) -> (N, F)
+            y = y + scatter_sum(take(v_x, j) * d_x * attention, i, len(x))  # (P, H, D) -> (N, H, D)
             along = (take(v_2, j) * d_2).unsqueeze(1)  # (P, 1, F)
             message = torch.addcmul(take(vec_v, j) * d_1.unsqueeze(1), along, unit, value=sign)
             w = w + scatter_sum(message, i, len(x))  # (P, 3, F) -> (N, 3, F)
@@ -241,19 +243,20 @@ class EquivariantMultiHeadAttention(nn.Module):
 
     def first(self, x, graph):
         """forward() of the first layer. vec is zero there: every term with vec or v^1 drops out."""
-        q, k = self.q_proj(x), self.k_proj(x)  # (N, F)
         v_x, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[::2])  # (N, F)
+        q, k, v_x = self.heads(self.q_proj(x), self.k_proj(x), v_x)  # (N, H, D)
         parts = self.parts(self.dv_proj)
         d_k, d_x, d_2 = self.filters(graph.edge_attr, parts[::2])  # (P, F)
-        loop_k, loop_x = self.filters(graph.self_attr, parts[:1])  # (1, F)
+        loop_k, loop_x = self.heads(*self.filters(graph.self_attr, parts[:1]))  # (1, H, D)
 
-        y = self.weigh(v_x * loop_x, self.attend(q, k, loop_k))  # (N, F)
+        y = v_x * loop_x * self.attend(q, k, loop_k)  # (N, H, D)
         w = x.new_zeros(len(x), 3, x.shape[1])
         cutoff, d_x, d_2 = self.fade(graph, d_x, d_2)
+        d_k, d_x = self.heads(d_k, d_x)  # (P, H, D)
         unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
             attention = self.attend(take(q, i), take(k, j), d_k) * cutoff  # (P, H, 1)
-            y = y + scatter_sum(self.weigh(take(v_x, j) * d_x, attention), i, len(x))  # (P, F) -> (N, F)
+            y = y + scatter_sum(take(v_x, j) * d_x * attention, i, len(x))  # (P, H, D) -> (N, H, D)
             message = (take(v_2, j) * d_2).unsqueeze(1) * (sign * unit)  # (P, 3, F)
             w = w + scatter_sum(message, i, len(x))  # (N, 3, F)
         # vec_proj gets a zero vec, not None: DDP needs a gradient (here zero) for its weights in every step
@@ -262,7 +265,7 @@ class EquivariantMultiHeadAttention(nn.Module):
     def update(self, y, w, vec):
         """dx (N, F), dvec (N, 3, F)."""
         u_1, u_2, u_3 = self.vec_proj(vec).chunk(3, dim=-1)  # (N, 3, F)
-        o_1, o_2, o_3 = self.o_proj(y).chunk(3, dim=-1)  # (N, F)
+        o_1, o_2, o_3 = self.o_proj(y.flatten(1)).chunk(3, dim=-1)  # (N, F)
         return (u_1 * u_2).sum(1) * o_2 + o_3, torch.addcmul(w, u_3, o_1.unsqueeze(1))
 
 
