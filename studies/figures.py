@@ -1,6 +1,7 @@
 """Tables and figures of the studies, made from the results that are kept of their runs."""
 
 import math
+import re
 import statistics
 
 import numpy as np
@@ -12,6 +13,7 @@ from studies import runs
 KINDS = dict.fromkeys(runs.STUDIES, "family") | {  # what a study's table and figure are of
     **{"control": "smoothness", "control_long": "smoothness", "alpha": "arms", "graph_embedding": "arms"},
     **{"qm9_wide": "losses", "precision": "losses", "family_long": "use", "output_norm": "readings"},
+    "speedrun": "speedrun",
 }
 
 
@@ -20,7 +22,7 @@ def rows_for(study, results):
     kinds = {"readings": readings_rows, "family": family_rows}
     if (kind := KINDS[study]) in kinds:
         return kinds[kind](results)
-    return rows_of(results, {"losses": LOSSES, "use": USE}.get(kind, SMOOTHNESS))
+    return rows_of(results, {"losses": LOSSES, "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS))
 
 
 def rows_of(results, columns):
@@ -188,15 +190,28 @@ def readings_rows(results):
     return untrained | rows_of(results, columns(-1))
 
 
+# of a fine-tuning run its first error that ends so; of 3BPA, as Table 10 has it, both
+FINETUNED = ("forces_mae", "mae_ridge", "targets_mae", "expt_rmse", "exp_rmse", "_mae")
+BOTH = {"3bpa": ("energy_mae", "forces_mae")}
+
+
+def shown(errors, task=""):
+    """The names of the errors that a table shows."""
+    return BOTH.get(task) or [next(error for end in FINETUNED for error in errors if error.endswith(end))]
+
+
+SPEEDRUN = {
+    "error": lambda run: run["test"]["test"][shown(run["test"]["test"])[0]],
+    "minutes": lambda run: run["wall_s"] / 60,
+    "molecules seen": lambda run: run["steps"] * int(re.search(r"batch_size=(\d+)", run["command"])[1]),
+    "threads": lambda run: run["ranks"] * run["threads"],
+}
 FAMILY = {  # of a pretraining run
     **{name: LOSSES[name] for name in ("loss_noise", "loss_token", "loss_coord", "loss_dist", "use of g, %")},
     "the same, mask token, %": lambda run: use_of_g(run["val"], "masked"),
     "LLC": lambda run: medians(run, "graph")[-1] if "graph_0" in run else None,
     "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1] if "graph_0.04" in run else None,
 }
-# of a fine-tuning run its first error that ends so; of 3BPA, as Table 10 has it, both
-FINETUNED = ("forces_mae", "mae_ridge", "targets_mae", "expt_rmse", "exp_rmse", "_mae")
-BOTH = {"3bpa": ("energy_mae", "forces_mae")}
 
 
 def family_rows(results):
@@ -206,8 +221,7 @@ def family_rows(results):
     for run in (run for run in results if "objective" not in run):
         task, arm = run["run"].rpartition("_s")[0].split("_", 1)
         for name, errors in run["test"].items():
-            first = next(error for end in FINETUNED for error in errors if error.endswith(end))
-            for error in BOTH.get(task, [first]):
+            for error in shown(errors, task):
                 column = f"{task}{f', {name}' if name != 'test' else ''}: {error}, {run['units'].get(error, '')}"
                 rows.setdefault(arm, {}).setdefault(column, []).append(errors[error])
                 if (constant := f"{error}_constant") in errors:

@@ -29,6 +29,13 @@ FRAMES = {"aspirin": finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2
 LABELS = {"gap": finetune("qm9_gap", 1000, "batch_size=32", "train_split=val", "val_split=train", "val_size=1000")}
 
 
+# how soon is an error reached, from nothing, on two cores: a board to compare a fork with. <task>-<error>
+SPEEDRUN = {
+    "aspirin-1.0": finetune("md17_aspirin", 6000, "batch_size=4", "test_size=2000", "compile=true"),
+    "gap-150": finetune("qm9_gap", 12000, "batch_size=32", "compile=true"),
+}
+
+
 def probe(target, *more):
     parts = "train_split=val val_split=train train_size=0 val_size=1000"
     return [*f"finetune.py configs/probe_qm9.yaml target={target} {parts}".split(), *more]
@@ -131,6 +138,7 @@ STUDIES = {
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "family_weights": seeds((1, 2, 3), WEIGHTS),
     "table10": seeds((1, 2, 3), TABLE10) | from_own_seed({"3bpa": HOT}, HOT_STARTS, (1, 2, 3)),
+    "speedrun": seeds((1,), SPEEDRUN),
     "unimol": seeds((1, 2, 3), UNIMOL | {"unimol_rec_no_g": [*UNIMOL["unimol_rec"], "decoder_graph_emb=false"]}),
     "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
