@@ -115,7 +115,8 @@ def draw(study, results):
             axis.plot(x, y, "o", color="black", ms=4, fillstyle="none")
             if max(x) > 5 * min(x) > 0:
                 axis.set(xscale="log")
-                axis.xaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+                ticks = plt.LogLocator(subs=(1, 2, 5) if max(x) < 50 * min(x) else (1,))
+                axis.xaxis.set(major_locator=ticks, major_formatter="{x:g}")
                 axis.xaxis.set_minor_formatter(plt.NullFormatter())
     axes[0, 0].set_yticks(range(len(rows)), list(rows))
     axes[0, 0].invert_yaxis()
