@@ -199,7 +199,7 @@ class EquivariantMultiHeadAttention(nn.Module):
         return [silu(self.dk_proj(attr)), *(silu(linear(attr, *part)) for part in parts)]
 
     def heads(self, *values):
-        """(M, F) -> (M, H, D), each. Whole heads as an axis: compiled, a loop over F could not be vectorised."""
+        """(M, F) -> (M, H, D), each. Split once, so that compiled loops over pairs can be vectorised."""
         return (value.unflatten(-1, (self.num_heads, -1)) for value in values)
 
     def attend(self, q, k, d_k):

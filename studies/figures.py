@@ -59,7 +59,7 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    kind = KINDS[study]  # of readings the untrained network has two kinds of norms
+    kind = KINDS[study]  # untrained networks are no arms of readings
     compared = [row for arm, row in rows.items() if kind == "family" or "untrained" not in arm]
     least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
     if kind in ("family", "readings") and any(least):
@@ -196,15 +196,15 @@ FINETUNED = ("forces_mae", "mae_ridge", "targets_mae", "expt_rmse", "exp_rmse", 
 BOTH = {"3bpa": ("energy_mae", "forces_mae")}
 
 
-def shown(errors, task=""):
+def errors_shown(errors, task=""):
     """The names of the errors that a table shows."""
     return BOTH.get(task) or [next(error for end in FINETUNED for error in errors if error.endswith(end))]
 
 
 SPEEDRUN = {
-    "error": lambda run: run["test"]["test"][shown(run["test"]["test"])[0]],
+    "error": lambda run: run["test"]["test"][errors_shown(run["test"]["test"])[0]],
     "minutes": lambda run: run["wall_s"] / 60,
-    "molecules seen": lambda run: run["steps"] * int(re.search(r"batch_size=(\d+)", run["command"])[1]),
+    "molecules seen": lambda run: run["steps"] * int(re.search(r" batch_size=(\d+)", run["command"])[1]),
     "threads": lambda run: run["ranks"] * run["threads"],
 }
 FAMILY = {  # of a pretraining run
@@ -222,7 +222,7 @@ def family_rows(results):
     for run in (run for run in results if "objective" not in run):
         task, arm = run["run"].rpartition("_s")[0].split("_", 1)
         for name, errors in run["test"].items():
-            for error in shown(errors, task):
+            for error in errors_shown(errors, task):
                 column = f"{task}{f', {name}' if name != 'test' else ''}: {error}, {run['units'].get(error, '')}"
                 rows.setdefault(arm, {}).setdefault(column, []).append(errors[error])
                 if (constant := f"{error}_constant") in errors:

@@ -29,7 +29,7 @@ FRAMES = {"aspirin": finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2
 LABELS = {"gap": finetune("qm9_gap", 1000, "batch_size=32", "train_split=val", "val_split=train", "val_size=1000")}
 
 
-# how soon is an error reached, from nothing, on two cores: a board to compare a fork with. <task>-<error>
+# how soon do two cores reach an error, from nothing: a board to compare a fork with. <task>-<error>; say batch_size
 SPEEDRUN = {
     "aspirin-1.0": finetune("md17_aspirin", 6000, "batch_size=4", "test_size=2000", "compile=true"),
     "gap-150": finetune("qm9_gap", 12000, "batch_size=32", "compile=true"),
@@ -120,7 +120,7 @@ def from_own_seed(tasks, encoders, numbers=(1, 2)):
     return {f"{task}_{s}": [*run, *w] for task, run in tasks.items() for s, w in more.items()}
 
 
-# Table 10 at the paper's size: pretrained and fine-tuned on 3BPA. Of the set at 1200 K we have a part
+# Table 10, with Table 13's size for MD17: pretrained and fine-tuned on 3BPA. Of the set at 1200 K we have a part
 TABLE10 = ["pretrain.py", "configs/3bpa_pretrain.yaml", "compile=true", "keep_steps=0"]
 TABLE10 = {o: [*TABLE10, f"objective={o}"] for o in OBJECTIVES}
 HOT = ["finetune.py", "configs/3bpa.yaml", "compile=true", "test_split=test_300K,test_600K,test_1200K_reduced"]
