@@ -107,7 +107,8 @@ FACTORS = {
 }
 # is the rough embedding the clean loss's? Of alpha, is it the noise, or the weight, alpha^2 w_rec?
 WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
-WEIGHTS |= {f"alpha{a}_w{w}": pretrain(f"alpha={a}", f"w_rec={w}") for a, w in ((3, 0.05), (1, 4.05), (1.35, 0.247))}
+ALPHAS = ((3, 0.45), (3, 0.05), (1, 4.05), (1.35, 0.45), (1.35, 0.247))
+WEIGHTS |= {f"alpha{a}_w{w}": pretrain(f"alpha={a}", f"w_rec={w}") for a, w in ALPHAS}
 THERMAL_STARTS = {name[1:] or "georecon": f"graph_embedding/thermal{name}" for name in THERMAL}
 
 
