@@ -3,7 +3,6 @@
 import os
 import shlex
 import tempfile
-import time
 from array import array
 from collections import Counter
 from contextlib import ExitStack
@@ -38,6 +37,7 @@ class Columns:
     def __init__(self, folder, stack):
         self.folder, self.stack, self.parts, self.splits, self.labels = folder, stack, {}, {}, None
         self.num_molecules = self.num_atoms = 0
+        self.geometries = array("q")  # a number for each, equal for equal ones
         self.add(ptr=0)
 
     def add(self, **values):
@@ -58,6 +58,7 @@ class Columns:
             raise InputError(f"{which} has {have}, those before it {before}: convert them apart")
         for name in mol.get("split", ()):
             self.splits.setdefault(name, array("q")).append(self.num_molecules)
+        self.geometries.append(hash((np.asarray(mol["z"], "uint8").tobytes(), mol["pos"].tobytes())))
         self.num_molecules += 1
         self.num_atoms += len(mol["z"])
         self.add(id=mol["id"], ptr=self.num_atoms, z=mol["z"], pos=mol["pos"], **mol["labels"])
@@ -101,20 +102,20 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
         columns.splits |= splits_of(columns.num_molecules) if splits_of else {}
         columns.assemble(f"{folder}/out.h5", attrs, units)
         os.replace(f"{folder}/out.h5", out)
+    if again := columns.num_molecules - len(np.unique(columns.geometries)):
+        notes["the same elements and positions as one before: splits may part them"] = again
     return columns.num_molecules, columns.num_atoms, skipped, notes
 
 
 def save(out, molecules, attrs, units, splits_of=None):
     """write_h5 with a progress bar on a terminal, and a report of what was written and skipped."""
     check_new(out, kinds=(".h5",))
-    begun = time.perf_counter()
     try:
         stream = tqdm(molecules, unit=" molecules", disable=None)
         written, atoms, skipped, notes = write_h5(out, stream, attrs, units, splits_of)
     except OSError as error:  # reading has its own errors by now
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
-    seconds, size = time.perf_counter() - begun, out.stat().st_size / 1e6
-    print(f"{out}: {written:,} molecules, {atoms:,} atoms, {size:.1f} MB, in {seconds:.1f} s")
+    print(f"{out}: {written:,} molecules, {atoms:,} atoms, {out.stat().st_size / 1e6:.1f} MB")
     labels = read_contents(out).units
     print("  labels: " + (", ".join(f"{name} [{unit}]" for name, unit in labels.items()) or "none, geometries only"))
     for note, count in sorted(notes.items()):

@@ -250,6 +250,19 @@ def test_the_force_on_a_lone_atom_is_zero(tmp_path, capsys):
         convert("xyz", [tmp_path / "two.xyz"], tmp_path / "two.h5")
 
 
+def test_a_geometry_that_stands_twice_is_told(tmp_path, capsys):
+    """In one file or in two, whatever their labels. Moved by 1e-4, or of other elements, it is another one."""
+    water = f"3\n{FORCES} energy=-2076.0\n{WATER}"
+    moved, sulphide = water.replace("0.119", "0.1191"), water.replace("O ", "S ", 1)
+    assert moved != water != sulphide
+    for name, text in {"a": water + moved + sulphide, "b": water.replace("-2076.0", "-2075.0") + moved}.items():
+        (tmp_path / f"{name}.xyz").write_text(text)
+    convert("xyz", [tmp_path / "a.xyz"], tmp_path / "a.h5")
+    assert "one before" not in capsys.readouterr().out
+    convert("xyz", [tmp_path / "a.xyz", tmp_path / "b.xyz"], tmp_path / "ab.h5")
+    assert "the same elements and positions as one before: splits may part them (2 molecules)" in capsys.readouterr().out
+
+
 def v3000(rows, mark=""):
     atoms = "".join(f"M  V30 {k} {s} {x} {y} {z} 0\n" for k, (s, (x, y, z)) in enumerate(zip("OHH", rows), 1))
     head = f"water\n  program 0000000000{mark}\n\n  0  0  0     0  0            999 V3000\n"
