@@ -64,6 +64,13 @@ def test_published_tables_are_those_of_the_results(page, study):
     assert f"<!-- {study} -->\n{table}\n\n" in (ROOT / "results" / page).read_text()
 
 
+def test_a_row_of_the_speedrun_has_reached_its_goal():
+    """The error that its name gives, as shown, on two threads or ranks, from no encoder."""
+    for arm, row in figures.rows_for("speedrun", reproduce.read_results("speedrun")).items():
+        assert row["error"][0] <= float(arm.rpartition("-")[2]) and row["threads"] == [2]
+    assert not any(result["init_from"] for result in reproduce.read_results("speedrun"))
+
+
 @pytest.mark.parametrize("name", ["freesolv", "chnof"])
 def test_the_published_tables_of_features_are_those_of_the_results(name):
     table = "\n".join(features.table(json.loads((ROOT / f"results/features/{name}.json").read_text())))
