@@ -109,6 +109,7 @@ FACTORS = {
 WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
 ALPHAS = ((3, 0.45), (3, 0.05), (1, 4.05), (1.35, 0.45), (1.35, 0.247))
 WEIGHTS |= {f"alpha{a}_w{w}": pretrain(f"alpha={a}", f"w_rec={w}") for a, w in ALPHAS}
+WEIGHTS["jittered"] = pretrain("data=data/qm9_jittered.h5")  # no geometry is relaxed: 0.005 angstrom of noise in it
 THERMAL_STARTS = {name[1:] or "georecon": f"graph_embedding/thermal{name}" for name in THERMAL}
 
 
