@@ -13,8 +13,8 @@ ase = need("ase.calculators.calculator", "the calculator")
 class GeoReconCalculator(ase.Calculator):
     """Energy (eV) and forces (eV/angstrom) of one molecule without periodic images.
 
-    InputError: the checkpoint predicts something else. compile=True: by torch.compile, some minutes
-    at the first call, then about 1.8 times as fast on one CPU core.
+    InputError: the checkpoint predicts something else. compile=True: by torch.compile, a minute or
+    more at the first call, then about twice as fast on one CPU core.
     """
 
     implemented_properties = ("energy", "free_energy", "forces")

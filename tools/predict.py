@@ -102,13 +102,12 @@ def predict(checkpoint, source, out):
             (atoms.arrays if np.ndim(given) == 2 else atoms.info)[f"given_{name}"] = given
         atoms.calc = None
         if about["name"] != "energy":
-            values = value if len(keys) > 1 else [value]
             units = zip(keys.values(), about["unit"].split(","), strict=True)
             unit = about["unit"] if len(keys) == 1 else ", ".join(f"{key} {unit}" for key, unit in units)
+            values = np.atleast_1d(value).tolist()
             atoms.info |= dict(zip(keys.values(), values, strict=True)) | {"predicted_unit": unit}
         else:
-            found = {"energy": value} | ({"forces": forces} if about["target"] == "energy_forces" else {})
-            atoms.calc = single_point.SinglePointCalculator(atoms, **found)
+            atoms.calc = single_point.SinglePointCalculator(atoms, energy=value, forces=forces)  # None: left out
         written.append(atoms)
     if not written:
         raise InputError(f"{source}: no molecule is left: {why}")
