@@ -67,8 +67,8 @@ def table(study, results):
 
 
 def least_cell(column, samples):
-    """The smallest difference that can be seen; of LLCs the smallest factor, since their spread grows with them."""
-    log = column.startswith("LLC")
+    """The smallest difference that can be seen; of a stretch the smallest factor, since its spread grows with it."""
+    log = column.startswith(("LLC", "Fig. 2"))
     least = least_difference([[math.log(value) for value in row] for row in samples] if log else samples)
     shown = f"× {math.exp(least):.2f}" if log else cell([least])
     return shown if math.isfinite(least) else ""
@@ -179,12 +179,13 @@ def medians(result, reading, noise=0):
 
 
 def readings_rows(results):
-    """{arm: {reading of the output: LLC for each seed}}, untrained networks among the arms."""
+    """{arm: {reading of the output: its stretch for each seed}}, untrained networks among the arms."""
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
         names = (f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}" for of, noise in at)
-        return {name: lambda run, at=where: medians(run, *at)[when] for name, where in zip(names, at, strict=True)}
+        llcs = {name: lambda run, at=where: medians(run, *at)[when] for name, where in zip(names, at, strict=True)}
+        return llcs | {"Fig. 2, graph": lambda run: list(run["graph_0"].values())[when]["sensitivity"][-1]}
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
     untrained = {arm.replace("coord", "untrained"): row for arm, row in untrained.items()}
