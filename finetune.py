@@ -321,7 +321,7 @@ BEST = {"schema": "georecon/1", "model": dict, "state_dict": dict, "property": A
 
 def load_property_model(path, device="cpu"):
     """-> the PropertyModel of a best.pt, in evaluation mode, and what the file says of it."""
-    content = read_torch(path, "name the best.pt of a run of finetune.py; a linear probe leaves none")
+    content = read_torch(path, "name the best.pt of a finetune.py run; a linear probe leaves none")
     with explain(f"{path} is no best.pt of finetune.py that fits this code's model"):
         require(content, BEST, "the file")
         about = content["property"]

@@ -58,7 +58,7 @@ class Columns:
             raise InputError(f"{which} has {have}, those before it {before}: convert them apart")
         for name in mol.get("split", ()):
             self.splits.setdefault(name, array("q")).append(self.num_molecules)
-        self.geometries.append(hash((np.asarray(mol["z"], "uint8").tobytes(), mol["pos"].tobytes())))
+        self.geometries.append(hash((np.uint8(mol["z"]).tobytes(), mol["pos"].tobytes())))
         self.num_molecules += 1
         self.num_atoms += len(mol["z"])
         self.add(id=mol["id"], ptr=self.num_atoms, z=mol["z"], pos=mol["pos"], **mol["labels"])

@@ -139,7 +139,7 @@ def check_same_run(checkpoint, config, data_sha256):
     defaults = asdict(type(config)())  # for a key that was added after the run
     where = f"cannot resume {config.out_dir}"
     if foreign := checkpoint["config"].keys() - defaults.keys():
-        raise InputError(f"{where}: a run of another program, with the key {min(map(str, foreign))}")
+        raise InputError(f"{where}: it is of another program, with the key {min(map(str, foreign))}")
     saved, now = flatten({**defaults, **checkpoint["config"]}), flatten(asdict(config))
     for key in sorted(now.keys() - FREE_TO_CHANGE):
         if saved.get(key) != now[key]:

@@ -125,8 +125,7 @@ def main(arguments):
     made_by = provenance(torch.device("cpu"))
     results = study(paths, config)
     print("\n".join(aligned(results)))
-    result = {"checkpoints": results, "settings": asdict(config)}
-    write_json(path, result | made_by)
+    write_json(path, {"checkpoints": results, "settings": asdict(config)} | made_by)
     print(f"wrote {path}")
 
 

@@ -128,8 +128,7 @@ def main(arguments):
     made_by = provenance(torch.device("cpu"))
     rows, target = compare(paths, config)
     print("\n".join(aligned(thirds(rows))))
-    result = {"steps": rows, "target": target, "checkpoints": paths, "settings": asdict(config)}
-    write_json(path, result | made_by)
+    write_json(path, {"steps": rows, "target": target, "checkpoints": paths, "settings": asdict(config)} | made_by)
     print(f"wrote {path}")
 
 
