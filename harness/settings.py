@@ -83,7 +83,7 @@ def build_config(kind, settings, prefix=""):
         name = f"{prefix}{key}"
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are: {', '.join(known)}"
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
             raise InputError(f"unknown key {name}: {hint}", code=2)
         if is_dataclass(known[key].type):
             values[key] = build_config(known[key].type, value, f"{name}.")

@@ -62,6 +62,7 @@ def keep(study, run):
     result = {"study": study, "run": run, **json.loads((out / "metrics.json").read_text())}
     result["curve_val"] = [record for record in log if record["split"] == "val"]
     result["molecules_per_s"] = rates[len(rates) // 2] if rates else None
+    result["first_grad_norm"] = next((one["grad_norm"] for one in log if "grad_norm" in one), None)
     how = result["analyses"] = {}
     for key, (_, file, inner) in analyses(study, run).items():
         found = json.loads((runs.ROOT / file).read_text())
