@@ -37,7 +37,7 @@ class Columns:
     def __init__(self, folder, stack):
         self.folder, self.stack, self.parts, self.splits, self.labels = folder, stack, {}, {}, None
         self.num_molecules = self.num_atoms = 0
-        self.geometries = array("q")  # a number for each, equal for equal ones
+        self.geometries = array("q")  # of each molecule a hash of its elements and positions
         self.add(ptr=0)
 
     def add(self, **values):

@@ -146,9 +146,9 @@ USE = {  # of g, in %, over the steps
 }
 
 
-def at_end(result, kind):
-    """What an analysis found of a run's last step; nothing, if it was not asked."""
-    return list(result.get(kind, {"": {}}).values())[-1]
+def at_end(result, kind, when=-1):
+    """What an analysis found of a run's last weights, or its first (when=0); nothing, if it was not asked."""
+    return list(result.get(kind, {"": {}}).values())[when]
 
 
 SMOOTHNESS = {
@@ -173,19 +173,14 @@ def over_steps(result):
     return columns | {name: figure for name, figure in SMOOTHNESS.items() if name.startswith("at ")}
 
 
-def medians(result, reading, noise=0):
-    """Median LLC of a reading of the encoder's output: of the first and of the last weights."""
-    return [one["llc"]["median"] for one in result[f"{reading}_{noise}"].values()]
-
-
 def readings_rows(results):
     """{arm: {reading of the output: its stretch for each seed}}, untrained networks among the arms."""
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
-        names = (f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}" for of, noise in at)
-        llcs = {name: lambda run, at=where: medians(run, *at)[when] for name, where in zip(names, at, strict=True)}
-        return llcs | {"Fig. 2, graph": lambda run: list(run["graph_0"].values())[when]["sensitivity"][-1]}
+        kinds = {f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}": f"{of}_{noise}" for of, noise in at}
+        llcs = {name: lambda run, kind=kind: at_end(run, kind, when)["llc"]["median"] for name, kind in kinds.items()}
+        return llcs | {"Fig. 2, graph": lambda run: at_end(run, "graph_0", when)["sensitivity"][-1]}
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
     untrained = {arm.replace("coord", "untrained"): row for arm, row in untrained.items()}
@@ -211,8 +206,8 @@ SPEEDRUN = {
 FAMILY = {  # of a pretraining run
     **{name: LOSSES[name] for name in ("loss_noise", "loss_token", "loss_coord", "loss_dist", "use of g, %")},
     "the same, mask token, %": lambda run: use_of_g(run["val"], "masked"),
-    "LLC": lambda run: medians(run, "graph")[-1] if "graph_0" in run else None,
-    "LLC at 0.04 &#8491;": lambda run: medians(run, "graph", 0.04)[-1] if "graph_0.04" in run else None,
+    "LLC": lambda run: at_end(run, "graph_0")["llc"]["median"] if "graph_0" in run else None,
+    "LLC at 0.04 &#8491;": lambda run: at_end(run, "graph_0.04")["llc"]["median"] if "graph_0.04" in run else None,
 }
 
 
