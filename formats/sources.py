@@ -340,7 +340,7 @@ def read_xyz(raw, labelled=True):
     ase, levels = need("ase.io", "reading extended xyz"), set()
     with open_raw(raw) as file:
         forces = labelled and any(re.search(rb":(REF_)?forces:R:3", line) for line in file)
-    with io.TextIOWrapper(open_raw(raw)) as file:
+    with io.TextIOWrapper(open_raw(raw)) as file, explain(f"{raw}: name atoms by symbols such as O", KeyError):
         for key, atoms in enumerate(ase.iread(file, index=":", format="extxyz")):
             if atoms.pbc.any():
                 yield {"id": key, "skip": "periodic: not a molecule"}

@@ -87,6 +87,13 @@ def test_lengths_that_are_no_angstrom_leave_no_molecule(tmp_path):
         convert("xyz", [path], tmp_path / "a.h5")
 
 
+@pytest.mark.parametrize("name", ["8", "O1"])
+def test_atoms_without_a_symbol(tmp_path, name):
+    path = xyz(tmp_path / "a.xyz", "water", atoms=f"{name} 0 0 0.119\nH 0 0.763 -0.477\nH 0 -0.763 -0.477\n")
+    with pytest.raises(InputError, match=f"name atoms by symbols such as O: it lacks the key '{name}'"):
+        convert("xyz", [path], tmp_path / "a.h5")
+
+
 @pytest.mark.parametrize(
     "said, refused", [("kcal/mol", False), ("kcal mol-1", False), ("Hartree", True), ("eV", True), ("kJ/mol", True)]
 )
