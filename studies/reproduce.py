@@ -100,8 +100,9 @@ def read_results(study):
 def main(arguments):
     if not arguments:
         for study, commands in STUDIES.items():
-            done = sum(finished(study, run) for run in commands)
-            print(f"{study}: {done} of {len(commands)} runs done: {', '.join(commands)}")
+            missing = [run for run in commands if not finished(study, run)]
+            done = f"{len(commands) - len(missing)} of {len(commands)} runs done"
+            print(f"{study}: {done}{', to do: ' * bool(missing)}{', '.join(missing)}")
             read_results(study)
         return
     study, *options = arguments

@@ -27,8 +27,6 @@ def finetune(config, steps, *more):
 # 1,000 frames in all; 10,000 labels of QM9, whose geometries the encoders saw
 FRAMES = {"aspirin": finetune("md17_aspirin", 1500, "batch_size=8", "test_size=2000")}
 LABELS = {"gap": finetune("qm9_gap", 1000, "batch_size=32", "train_split=val", "val_split=train", "val_size=1000")}
-
-
 # how soon do two cores reach an error, from nothing: a board to compare a fork with. <task>-<error>; say batch_size
 SPEEDRUN = {
     "aspirin-1.0": finetune("md17_aspirin", 6000, "batch_size=4", "test_size=2000", "compile=true"),
@@ -60,6 +58,9 @@ OBJECTIVES = ("coord", "georecon", "rec_only")
 CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
+WIDTH = ["model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # Table 13's for QM9
+UNTRAINED = {n: ["objective=coord", *WIDTH, *NORMS[n]] for n in ("public", "rms")}
+UNTRAINED = {f"untrained_{n}_256": pretrain(*more, steps=1, kept=(0,)) for n, more in UNTRAINED.items()}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT
 ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
@@ -128,14 +129,13 @@ TABLE10 = {o: [*TABLE10, f"objective={o}"] for o in OBJECTIVES}
 HOT = ["finetune.py", "configs/3bpa.yaml", "compile=true", "test_split=test_300K,test_600K,test_1200K_reduced"]
 HOT = {"3bpa": HOT, "3bpa-clipped": [*HOT, "clip_norm=10"]}  # a first gradient may be 1e5
 HOT_STARTS = {o: f"table10/{o}" for o in OBJECTIVES} | {"untrained": "table10/coord"}
-ROUNDED = {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
     "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
     # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes on a large GPU
     "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
-    "output_norm": seeds((1, 2, 3), OUTPUT),
+    "output_norm": seeds((1, 2, 3), OUTPUT) | seeds((1,), UNTRAINED),
     "family": seeds((1, 2, 3), FAMILY | NETWORKS),  # the denoising family on equal footing
     "family_long": seeds((1,), {"scd": pretrain("objective=scd", ADAPTIVE, steps=20000)}),  # is g used more then?
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
@@ -148,7 +148,8 @@ STUDIES = {
     # Table 5's values; its alpha = 1 is georecon_rms of the control
     "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
     "graph_embedding": seeds((1, 2), FACTORS),
-    "precision": seeds((1,), ROUNDED),  # what bfloat16 products cost, beside arms of the control
+    # what bfloat16 products cost, beside arms of the control
+    "precision": seeds((1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}),
     "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help there? Needs graph_embedding
 }
 # arms of other studies that a study is to be compared with
