@@ -159,21 +159,23 @@ BESIDE["family_long"] = {"control_long": ("georecon_rms",)}
 BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
 BESIDE["unimol"] = {"molnet": None}
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
-READ = ("output_norm", "family", "family_weights", "encoders")  # at two places in space, untrained and trained
+READ = ("output_norm", "family", "family_weights", "encoders", "table10")  # at two places in space, with step 0
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
 
 def analyses(study, run):
     """What is measured of a finished pretraining run: {key: (command, file, key in the file)}."""
-    if study not in (*SMOOTHNESS, *READ):
+    stage, _, *given = STUDIES[study][run]
+    if study not in (*SMOOTHNESS, *READ) or stage == "finetune.py":
         return {}
-    out = f"out/{study}/{run}"
-    given = dict(argument.split("=", 1) for argument in STUDIES[study][run][2:])
+    out, given = f"out/{study}/{run}", dict(argument.split("=", 1) for argument in given)
     on_qm9 = given.get("data", "data/qm9").startswith("data/qm9")
     data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
+    data = ["data=data/3bpa.h5", "split=test_300K"] if study == "table10" else data
     few = [*data, "num_molecules=32", "iterations=15"]
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
+    steps += [f"{out}/encoder.pt"] * (study == "table10")
 
     def llc(place, checkpoints, *how):
         command = ["lipschitz.py", *checkpoints, *few, *how, f"out_dir={out}/{place}"]
