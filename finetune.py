@@ -468,7 +468,8 @@ def train_step(net, parts, step, labels, config, device, world):
         mine = noise[part["first_atom"] :][: len(part["z"])]
         y = labels.standardised(part, part["index"].numpy())
         forces = (part["forces"].double() / labels.std[0]).float() if labels.forces else None
-        arrays = [a if a is None else a.to(device) for a in (part["z"], part["pos"], part["batch"], y, forces, mine)]
+        arrays = (part["z"], part["pos"], part["batch"], y, forces, mine)
+        arrays = [a if a is None else a.to(device, non_blocking=True) for a in arrays]
         with explain("the radius graph", ValueError):
             return net(*arrays, part["num_molecules"] / config.batch_size, len(mine) / part["global_atoms"])
 

@@ -73,7 +73,7 @@ def radius_graph(pos, batch, cutoff, max_num_neighbors=0):
         degree = 1 + torch.bincount(torch.cat([i[near], j[near]]), minlength=len(pos))
         if (most := degree.max().item()) > max_num_neighbors:
             raise ValueError(f"max_num_neighbors = {max_num_neighbors}, but an atom has {most}: raise it, or set 0")
-    return torch.stack([j[near], i[near]])  # (2, P)
+    return torch.stack([j, i])[:, near]  # (2, P)
 
 
 def safe_norm(vec, dim):
@@ -297,7 +297,7 @@ class InverseSqrt(torch.autograd.Function):
 
     @staticmethod
     def forward(A):
-        eigenvalues, U = torch.linalg.eigh(A)
+        eigenvalues, U = torch.linalg.eigh(A.nan_to_num(0, 0, 0))  # a NaN is in what it multiplies, too; eigh raises
         return (U * eigenvalues.rsqrt().unsqueeze(-2)) @ U.mT
 
     @staticmethod

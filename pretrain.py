@@ -9,7 +9,7 @@ A run writes to out_dir (default out/<name of the config>); README.md says what 
 
 What is random follows from keys: the order from (seed, epoch), noise from (seed, step), first weights from the seed.
 Every seed has the same validation molecules and noise. Order and noise are of the global batch: a rank takes its slice.
-So a killed run resumes to the same bits, and the number of ranks changes rounding only.
+So a killed run resumes to the same bits (on three ranks or more to rounding: DDP), and their number changes rounding.
 """
 
 import math

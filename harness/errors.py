@@ -2,11 +2,10 @@
 
 import importlib
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 # what libraries raise over a file that is damaged, cut off or of another kind
 FOREIGN = (EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
@@ -65,7 +64,7 @@ def cli(main, usage=None, needed=0):
     except InputError as error:
         said, code = error, error.code
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        full = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I)
         if not full and "DataLoader worker" not in str(error):
             raise
         remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"

@@ -65,9 +65,8 @@ class Run:
             raise InputError(said, code=128 + self.caught[0]) from None
 
     def parallel(self, model, **options):
-        if not dist.is_initialized():
-            return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        several = dist.is_initialized()
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options) if several else model
 
     def restore(self, config, source, state, like, **parts):
         """Load last.pt, if there is one, into parts (modules, the optimizer) and state (a dict of plain values).
@@ -181,12 +180,10 @@ class Run:
             signal.signal(*self.handlers.popitem())
 
     def asked_to_stop(self):
-        """Number of the signal that some rank has caught, else 0; several ranks agree on it at every tenth step."""
+        """Number of the signal that some rank has caught, else 0. Ranks agree on it each step: torchrun waits 30 s."""
         number = self.caught[0] if self.caught else 0
         if self.world == 1:
             return number
-        if self.step % 10:
-            return 0
         seen = torch.tensor(number, device=self.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
         return int(seen)
