@@ -297,7 +297,7 @@ class InverseSqrt(torch.autograd.Function):
 
     @staticmethod
     def forward(A):
-        eigenvalues, U = torch.linalg.eigh(A.nan_to_num(0, 0, 0))  # a NaN is in what it multiplies, too; eigh raises
+        eigenvalues, U = torch.linalg.eigh(A.nan_to_num(0, 0, 0))  # eigh raises on NaN, which centred has, too
         return (U * eigenvalues.rsqrt().unsqueeze(-2)) @ U.mT
 
     @staticmethod

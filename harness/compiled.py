@@ -15,7 +15,7 @@ from harness.errors import InputError, explain, one_line
 def check_compiler(device):
     """Compile a tiny new function. Else a missing compiler would show only in the first step."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no news
-    torch._dynamo.config.optimize_ddp = False  # under torchrun it would cut forces of a model above 1 MB, and fail
+    torch._dynamo.config.optimize_ddp = False  # under torchrun: it cuts graphs at 1 MB, forces fail
     salt = time.time_ns() % 2**30
     try:
         torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
@@ -55,7 +55,7 @@ def compile_gradient(function, model, device, one_shape):
         raise InputError("the derivative of this network cannot be compiled: set compile=false", code=2)
     check_compiler(device)
     if device.type == "cuda" and one_shape:
-        # each shape is compiled for itself; beyond the limit torch runs uncompiled, with fullgraph it raises an error
+        # each shape is compiled for itself; beyond the limit torch runs uncompiled, fullgraph raises
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
     unfit = explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported)

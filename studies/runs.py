@@ -58,7 +58,7 @@ OBJECTIVES = ("coord", "georecon", "rec_only")
 CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
-WIDTH = ["model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # Table 13's for QM9
+WIDTH = ["model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
 UNTRAINED = {n: ["objective=coord", *WIDTH, *NORMS[n]] for n in ("public", "rms")}
 UNTRAINED = {f"untrained_{n}_256": pretrain(*more, steps=1, kept=(0,)) for n, more in UNTRAINED.items()}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
@@ -159,7 +159,7 @@ BESIDE["family_long"] = {"control_long": ("georecon_rms",)}
 BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
 BESIDE["unimol"] = {"molnet": None}
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
-READ = ("output_norm", "family", "family_weights", "encoders", "table10")  # at two places in space, with step 0
+READ = ("output_norm", "family", "family_weights", "encoders", "table10")  # at two places
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
