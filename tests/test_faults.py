@@ -241,7 +241,7 @@ def test_a_signal_to_torchrun_ends_both_ranks(stage, tally, number):
     process.send_signal(number)
     code, err = end(process)
     step = weights(stopped)["step"]
-    assert code != 0 and step % 10 == 0 and "after step" in err
+    assert code != 0 and step >= 5 and f"after step {step}" in err
     assert not processes_of(stopped)
     tally["signals obeyed"] += 1
     finish(stage, stopped, "resume=true", ranks=2)
