@@ -65,8 +65,8 @@ class Run:
             raise InputError(said, code=128 + self.caught[0]) from None
 
     def parallel(self, model, **options):
-        several = dist.is_initialized()
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options) if several else model
+        joined = dist.is_initialized()
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options) if joined else model
 
     def restore(self, config, source, state, like, **parts):
         """Load last.pt, if there is one, into parts (modules, the optimizer) and state (a dict of plain values).

@@ -172,10 +172,10 @@ def analyses(study, run):
     out, given = f"out/{study}/{run}", dict(argument.split("=", 1) for argument in given)
     on_qm9 = given.get("data", "data/qm9").startswith("data/qm9")
     data = ["data=data/qm9.h5", "split=test"] if on_qm9 else [f"data={given['data']}"]
-    data = ["data=data/3bpa.h5", "split=test_300K"] if study == "table10" else data
-    few = [*data, "num_molecules=32", "iterations=15"]
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
-    steps += [f"{out}/encoder.pt"] * (study == "table10")
+    if study == "table10":  # its config names the data; its last weights are in encoder.pt
+        data, steps = ["data=data/3bpa.h5", "split=test_300K"], [*steps, f"{out}/encoder.pt"]
+    few = [*data, "num_molecules=32", "iterations=15"]
 
     def llc(place, checkpoints, *how):
         command = ["lipschitz.py", *checkpoints, *few, *how, f"out_dir={out}/{place}"]
