@@ -48,7 +48,8 @@ def join_ranks(deterministic):
         # torchrun's store outlives a restart: under the same name a rank would find the address of a dead one
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        # tensors on the CPU by gloo: ranks agree on a signal without waiting for the GPU
+        backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=bound)
     return device, rank, world
 

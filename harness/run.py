@@ -65,8 +65,8 @@ class Run:
             raise InputError(said, code=128 + self.caught[0]) from None
 
     def parallel(self, model, **options):
-        joined = dist.is_initialized()
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options) if joined else model
+        options |= {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # no buffer changes in training
+        return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
     def restore(self, config, source, state, like, **parts):
         """Load last.pt, if there is one, into parts (modules, the optimizer) and state (a dict of plain values).
@@ -184,7 +184,7 @@ class Run:
         number = self.caught[0] if self.caught else 0
         if self.world == 1:
             return number
-        seen = torch.tensor(number, device=self.device)
+        seen = torch.tensor(number)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
         return int(seen)
 
