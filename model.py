@@ -214,53 +214,37 @@ class EquivariantMultiHeadAttention(nn.Module):
         return cutoff, d_x, *(d if inside is None else d * inside for d in vector_filters)
 
     def forward(self, x, vec, graph):
-        x = self.layernorm(x)
-        if vec is None:
-            return self.first(x, graph)
-        v_x, v_1, v_2 = (linear(x, *part) for part in self.parts(self.v_proj))  # (N, F)
+        """vec None is zero, as in the first layer: every term with vec or v^1 drops out."""
+        x, used = self.layernorm(x), slice(None, None, 2 if vec is None else 1)  # of the parts x, 1, 2
+        v_x, *v_1, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[used])  # (N, F)
         q, k, v_x = self.heads(self.q_proj(x), self.k_proj(x), v_x)  # (N, H, D)
-        parts = self.parts(self.dv_proj)
-        d_k, d_x, d_1, d_2 = self.filters(graph.edge_attr, parts)  # (P, F)
-        loop_k, loop_x, loop_1 = self.filters(graph.self_attr, parts[:2])  # (1, F)
+        parts = self.parts(self.dv_proj)[used]
+        d_k, d_x, *d_1, d_2 = self.filters(graph.edge_attr, parts)  # (P, F)
+        loop_k, loop_x, *loop_1 = self.filters(graph.self_attr, parts[:-1])  # (1, F)
         loop_k, loop_x = self.heads(loop_k, loop_x)  # (1, H, D)
 
         # self-loops: C = 1, no u
         y = v_x * loop_x * self.attend(q, k, loop_k)  # (N, H, D)
-        vec_v = vec * v_1.unsqueeze(1)  # (N, 3, F)
-        w = vec_v * loop_1  # (N, 3, F)
+        w = x.new_zeros(len(x), 3, x.shape[1])
+        if vec is not None:
+            vec_v = vec * v_1[0].unsqueeze(1)  # (N, 3, F)
+            w = vec_v * loop_1[0]  # (N, 3, F)
 
         # the two directions of each pair
-        cutoff, d_x, d_1, d_2 = self.fade(graph, d_x, d_1, d_2)
+        cutoff, d_x, *d_1, d_2 = self.fade(graph, d_x, *d_1, d_2)
         d_k, d_x = self.heads(d_k, d_x)  # (P, H, D)
         unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
         for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
             attention = self.attend(take(q, i), take(k, j), d_k) * cutoff  # (P, H, 1)
             y = y + scatter_sum(take(v_x, j) * d_x * attention, i, len(x))  # (P, H, D) -> (N, H, D)
-            along = (take(v_2, j) * d_2).unsqueeze(1)  # (P, 1, F)
-            message = torch.addcmul(take(vec_v, j) * d_1.unsqueeze(1), along, unit, value=sign)
+            message = (take(v_2, j) * d_2).unsqueeze(1)  # (P, 1, F)
+            if vec is None:
+                message = message * (sign * unit)  # (P, 3, F)
+            else:
+                message = torch.addcmul(take(vec_v, j) * d_1[0].unsqueeze(1), message, unit, value=sign)
             w = w + scatter_sum(message, i, len(x))  # (P, 3, F) -> (N, 3, F)
-        return self.update(y, w, vec)
-
-    def first(self, x, graph):
-        """forward() of the first layer. vec is zero there: every term with vec or v^1 drops out."""
-        v_x, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[::2])  # (N, F)
-        q, k, v_x = self.heads(self.q_proj(x), self.k_proj(x), v_x)  # (N, H, D)
-        parts = self.parts(self.dv_proj)
-        d_k, d_x, d_2 = self.filters(graph.edge_attr, parts[::2])  # (P, F)
-        loop_k, loop_x = self.heads(*self.filters(graph.self_attr, parts[:1]))  # (1, H, D)
-
-        y = v_x * loop_x * self.attend(q, k, loop_k)  # (N, H, D)
-        w = x.new_zeros(len(x), 3, x.shape[1])
-        cutoff, d_x, d_2 = self.fade(graph, d_x, d_2)
-        d_k, d_x = self.heads(d_k, d_x)  # (P, H, D)
-        unit = graph.unit.unsqueeze(2)  # (P, 3, 1)
-        for i, j, sign in ((graph.i, graph.j, 1), (graph.j, graph.i, -1)):
-            attention = self.attend(take(q, i), take(k, j), d_k) * cutoff  # (P, H, 1)
-            y = y + scatter_sum(take(v_x, j) * d_x * attention, i, len(x))  # (P, H, D) -> (N, H, D)
-            message = (take(v_2, j) * d_2).unsqueeze(1) * (sign * unit)  # (P, 3, F)
-            w = w + scatter_sum(message, i, len(x))  # (N, 3, F)
-        # vec_proj gets a zero vec, not None: DDP needs a gradient (here zero) for its weights in every step
-        return self.update(y, w, x.new_zeros(1, 3, x.shape[1]))
+        # vec_proj gets a zero vec, not None: DDP needs a gradient, here zero, for its weights
+        return self.update(y, w, x.new_zeros(1, 3, x.shape[1]) if vec is None else vec)
 
     def update(self, y, w, vec):
         """dx (N, F), dvec (N, 3, F)."""
@@ -345,7 +329,7 @@ class WhitenVectorNorm(nn.Module):
 
 
 def setting(default, **allowed):
-    """A config field with its limits (low, below, choices). harness/settings.py checks values against them."""
+    """A config field with its limits (low, below, choices, probe), by which values are checked: harness/settings.py."""
     return field(default=default, metadata=allowed)
 
 
