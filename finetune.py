@@ -125,6 +125,8 @@ def split_data(config, molecules):
     """-> indices to train and to validate, {name: indices} of test sets; disjoint, with known labels."""
     label, sizes, parts = config.target, {"train": config.train_size}, {}  # sizes: from the pool
     pool = molecules.split(config.train_split, label)
+    lone = np.diff(molecules.ptr)[pool] == 1  # isolated atoms fix the references of the elements: all of them train
+    pool, atoms = pool[~lone], pool[lone]
     if config.val_split in ("", config.train_split):
         sizes["val"] = config.val_size
     else:
@@ -138,7 +140,7 @@ def split_data(config, molecules):
         raise InputError(f"{asked}: {molecules.path} has {len(pool)} molecules for these, {label} known", code=2)
     drawn = split_indices(len(pool), [size or None for size in sizes.values()] + ([] if rest else [None]))
     parts |= {name: pool[part] for name, part in zip(sizes, drawn, strict=False)}
-    train, val = parts.pop("train"), parts.pop("val")
+    train, val = np.concatenate([atoms, parts.pop("train")]), parts.pop("val")
     for name in config.test_split.split(",") if config.test_split else ():
         key = f"test_{name}" if name in ("train", "val") else name  # beside a training part or validation part of ours
         if key in parts or not name:
@@ -171,8 +173,8 @@ class Labels:
         # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
         shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]
         self.unit = ",".join(units)
-        self.shown = dict(zip(self.names, shown)) | {"forces": f"{units[0]}/angstrom"}
-        self.shown["targets"] = shown[0] if len({*shown}) == 1 else "mean over units"
+        self.shown = {"forces": f"{units[0]}/angstrom", "energy_per_atom": f"{shown[0]} per atom"}
+        self.shown |= {"targets": shown[0] if len({*shown}) == 1 else "mean over units", **dict(zip(self.names, shown))}
         self.scale = np.array([1.0 if new == unit else 1000.0 for new, unit in zip(shown, units)])  # (T,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
@@ -186,7 +188,7 @@ class Labels:
         self.references = fit if has_references else np.zeros_like(fit)
         rest = self.raw[train] - counts @ self.references  # (M, T)
         middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
-        centred = config.target not in HEAD_OF or config.head == "pooler"  # not a length or a second moment
+        centred = head == "pooler" or {config.target, head}.isdisjoint([*HEAD_OF, *HEAD_OF.values()])  # may be below 0
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
@@ -217,8 +219,7 @@ class Labels:
 
     def unit_of(self, error):
         """The unit of a figure such as forces_mae."""
-        unit = self.shown[max((n for n in self.shown if error.startswith(f"{n}_")), key=len)]
-        return f"{unit} per atom" if "per_atom" in error else unit
+        return self.shown[max((name for name in self.shown if error.startswith(f"{name}_")), key=len)]
 
 
 # ---------------------------------------------------------------- model
@@ -270,7 +271,7 @@ class PropertyModel(nn.Module):
         return every[:, fill_up((pos[i] - pos[j]).square().sum(1) < cutoff**2, self.multiple)]
 
     def forward(self, z, pos, batch, num_molecules, forces=False):
-        """-> y' (B,), and with forces -dy'/dpos (N, 3), else None. Leaves no graph unless the module is training."""
+        """-> y' (B,), and with forces -dy'/dpos (N, 3), else None; -dy'/dpos has a graph only in training."""
         if not forces:
             return self.predict(pos, z, batch, num_molecules), None
         edge_index = self.pairs(pos, batch) if self.compiled else None  # not compiled: their number varies
@@ -385,7 +386,7 @@ def errors_of(y, molecules, index, labels):
 
 
 def score(found, labels, config):
-    """best.pt has the lowest score: errors weighted like the losses, or the mean of errors / std. PAPER-SILENT."""
+    """best.pt has the lowest score: errors by energy_weight and force_weight, or mean errors / std. PAPER-SILENT."""
     if labels.forces:
         weights = {"energy": config.energy_weight, "forces": config.force_weight}
         return sum(weight * found[f"{name}_{config.metric}"] for name, weight in weights.items())
@@ -577,15 +578,14 @@ def finetune(config, run):
 
 def finish(config, run, labels, molecules, parts, val, test, state, best_step, parameters):
     """Say what came out, beside the paper's figures and what a constant does, and write metrics.json."""
-    error = f"{'targets' if len(labels.names) > 1 else labels.name}_{config.metric}"
-    for name, found in {"val": val, **test}.items():
-        found[f"{error}_constant"] = errors_of(labels.constant[name], molecules, parts[name], labels)[error]
-    units = {name: labels.unit_of(name) for found in (val, *test.values()) for name in found}
+    units, error = {}, f"{'targets' if len(labels.names) > 1 else labels.name}_{config.metric}"
     for split, found in {"val": val, **test}.items():
+        found[f"{error}_constant"] = errors_of(labels.constant[split], molecules, parts[split], labels)[error]
         for name, value in found.items():
+            units[name] = labels.unit_of(name)
             end = f"_{split}_{name}"
             theirs = [f"{key.removesuffix(end)} {v:g}" for key, v in config.paper.items() if key.endswith(end)]
-            beside = f"   in the paper: {', '.join(theirs)}" if theirs else ""
+            beside = f"   in the paper: {', '.join(theirs)}" * bool(theirs)
             run.say(f"{split:<{2 + max(map(len, parts))}}{name:<24}{value:>12.5g} {units[name]}{beside}")
     figures = {"test": test, "val": val, "units": units, "paper": config.paper, "target": config.target}
     figures |= {"best_step": best_step, "parameters": parameters, "molecules": {n: len(i) for n, i in parts.items()}}

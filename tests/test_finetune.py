@@ -20,6 +20,7 @@ import finetune
 import pretrain
 from data import Molecules
 from finetune import FinetuneConfig, Finetuning, Labels, PropertyModel, learning_rate, load_property_model, split_data
+from formats.write import write_h5
 from harness import compiled
 from harness.errors import InputError
 from harness.files import sha256
@@ -452,6 +453,18 @@ def test_split_data(tmp_path):
     assert {*train, *val, *tests["test"]} == a and (len(train), len(val)) == (850, 100)
 
 
+def test_isolated_atoms_train(tmp_path):
+    """They fix the references of the elements; in a test set an offset of eV would be all of the error."""
+    z, pos = np.array([8, 1, 1]), np.array([[0, 0, 0.12], [0, 0.76, -0.48], [0, -0.76, -0.48]])
+    water = [{"z": z, "pos": pos * (1 + k / 1000), "labels": {"energy": -2076.0 - k}} for k in range(20)]
+    atoms = [{"z": z[k : k + 1], "pos": pos[:1] * 0, "labels": {"energy": -13.6 * z[k] ** 2}} for k in (0, 1)]
+    molecules = [mol | {"id": k} for k, mol in enumerate([*atoms, *water])]
+    write_h5(tmp_path / "a.h5", molecules, {"source": "test"}, {"energy": "eV"})
+    config = config_of(target="energy", train_size=0, val_size=8, test_size=8)
+    train, val, tests = split_data(config, Molecules(tmp_path / "a.h5"))
+    assert {0, 1} < {*train} and len(train) == 6 and len({*train, *val, *tests["test"]}) == 22
+
+
 def test_a_test_split_named_val_is_not_taken_for_the_validation_set(tmp_path):
     path = tmp_path / "splits.h5"
     molecules, order = with_splits(path)
@@ -636,6 +649,22 @@ def test_a_head_that_is_never_negative_takes_no_negative_labels(tiny):
         with pytest.raises(InputError, match=f"{target}: head=dipole is for one target, never below 0"):
             Labels(replace(config, target=target, head="dipole"), molecules, *parts)
     assert Labels(replace(config, head="scalar"), molecules, *parts).mean == 0
+
+
+def test_labels_of_a_head_that_is_never_negative_keep_their_mean(tiny):
+    """With it taken off, half of them would be below zero, whatever the label's name."""
+    config, molecules = load_config(FinetuneConfig, ["gap.yaml"]), Molecules(QM9)
+    for head, positive in (("dipole", True), ("extent", True), ("scalar", False), ("pooler", False)):
+        labels = Labels(replace(config, head=head), molecules, np.arange(100), {}, 100)
+        y = labels.standardised(molecules.read(range(100)), np.arange(100))
+        assert (y > 0).all() == positive, head
+
+
+def test_the_unit_of_a_label_whose_name_is_like_an_error(tiny):
+    labels = Labels(load_config(FinetuneConfig, ["gap.yaml"]), Molecules(QM9), np.arange(100), {}, 100)
+    labels.shown |= {"formation_per_atom": "eV"}
+    units = {name: labels.unit_of(f"{name}_mae") for name in ("formation_per_atom", "gap", "energy_per_atom")}
+    assert units == {"formation_per_atom": "eV", "gap": "meV", "energy_per_atom": "meV per atom"}
 
 
 @pytest.mark.parametrize("metric, best", [("mae", 0.2 * 1 + 0.8 * 3), ("rmse", 0.2 * 2 + 0.8 * 4)])
