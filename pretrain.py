@@ -265,11 +265,10 @@ def train_step(net, parts, step, config, device, world):
 
 def validation_batches(molecules, index, size, extra=0):
     """The validation molecules in batches. A molecule gets the same noise in every run, whatever the settings."""
-    batches = []
-    for part in np.array_split(index, math.ceil(len(index) / size)):  # in random order: neighbours in a file are alike
-        noise = normal_of_each(molecules, part, VAL, extra=extra)
-        batches.append({**molecules.read(part), "noise": noise, "num_molecules": len(part)})
-    return batches
+    parts = np.array_split(index, math.ceil(len(index) / size))  # in random order: neighbours in a file are alike
+    noises = [normal_of_each(molecules, part, VAL, extra=extra) for part in parts]
+    pairs = zip(parts, noises, strict=True)
+    return [{**molecules.read(part), "noise": noise, "num_molecules": len(part)} for part, noise in pairs]
 
 
 @torch.no_grad()
@@ -334,6 +333,7 @@ def pretrain(config, run):
     run.restore(config, batches, found, dict.fromkeys(found, {str: float}), state_dict=model, optimizer=optimizer)
     run.begin(
         f"{config.objective} on {config.data}: {len(train):,} molecules to train, {len(val):,} to validate",
+        *(["of all splits of the file, those to test on, too"] if molecules.splits and not config.split else []),
         f"{num_parameters(model):,} parameters, {num_parameters(model.encoder):,} of them the encoder",
     )
 
