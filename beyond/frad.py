@@ -10,7 +10,7 @@ rotatable bond
 The torsions are noise that the network sees and need not predict. With tau = 0 this is Coord.
 
     R         rotors, the rotatable bonds of a batch: bond (R, 2) = atoms [j stays, k turns]
-    fragment  (N,) the rigid piece of each atom: 0 stays, f >= 1 hangs on rotor f - 1; by beyond/rotors.py
+    fragment  (N,) the rigid piece of each atom: 0 stays, f >= 1 hangs on rotor f - 1 (rotors.py)
 """
 
 import math
@@ -22,19 +22,20 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss, normalize
 
-from harness.errors import FOREIGN, InputError, explain
+from formats.schema import open_dataset
+from harness.errors import InputError, explain
 from model import EquivariantVectorOutput
 
 # ---------------------------------------------------------------- turning a batch
 
 
 def product(a, b):
-    """Matrix products a (..., 3, 3), b (..., 3, c) -> (..., 3, c); autocast does not change their dtype."""
+    """Matrix products a (..., 3, 3), b (..., 3, c) -> (..., 3, c), in their dtype under autocast, too."""
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
 
 
 def turn(pos, bond, fragment, angle):
-    """Turn every rotor by its angle: pos (N, 3), bond (R, 2), fragment (N,), angle (R,) radians -> (N, 3).
+    """Turn rotors by their angles: pos (N, 3), bond (R, 2), fragment (N,), angle (R,) rad -> (N, 3).
 
     k's side turns by the right-hand rule about j -> k, so that each torsion i-j-k-l grows by the
     angle. This is exact at any angle. A rotor's own map is x -> Q x + s about its bond as it was
@@ -46,9 +47,11 @@ def turn(pos, bond, fragment, angle):
     j, k = bond.unbind(1)
     eye = torch.eye(3, dtype=pos.dtype, device=pos.device)
     axis = normalize(pos[k] - pos[j], dim=1)  # (R, 3)
-    cross = torch.linalg.cross(axis.unsqueeze(2), eye.unsqueeze(0), dim=1)  # (R, 3, 3): cross v = axis x v
+    # cross v = axis x v
+    cross = torch.linalg.cross(axis.unsqueeze(2), eye.unsqueeze(0), dim=1)  # (R, 3, 3)
     angle = angle[:, None, None]
-    Q = eye + angle.sin() * cross + 2 * (angle / 2).sin().square() * product(cross, cross)  # Rodrigues
+    # Rodrigues
+    Q = eye + angle.sin() * cross + 2 * (angle / 2).sin().square() * product(cross, cross)
     s = pos[k].unsqueeze(2) - product(Q, pos[k].unsqueeze(2))  # (R, 3, 1)
 
     # the map of each fragment, of the root's fragment 0 first; up: the fragment that this map
@@ -64,28 +67,24 @@ def turn(pos, bond, fragment, angle):
 
 
 class Rotors:
-    """The rotors of molecules index (B,), numbered as in their batch: -> {"bond": (R, 2), "fragment": (N,)} int64.
+    """The rotors of molecules index (B,): -> {"bond": (R, 2), "fragment": (N,)} int64.
 
-    It may be pickled and forked, as data.Molecules may.
+    Atoms and rotors are numbered as in their batch. It may be pickled and forked, as data.Molecules may.
     """
 
     def __init__(self, molecules):
         self.path, self.ptr = molecules.path, molecules.ptr
         self._file = None  # opened in each process: an HDF5 handle must not cross a fork
         remedy = "`python data.py rotors PLAIN.h5 [RAW] OUT.h5` adds them, see beyond/README.md"
-        with explain(f"{self.path}: its rotors are damaged, {remedy}", *FOREIGN), h5py.File(self.path, "r") as file:
+        with h5py.File(self.path, "r") as file:
             if "rotor" not in file:
                 raise InputError(f"{self.path} has no rotors, which objective = frad turns: {remedy}")
-            wanted = {"ptr": ("int64", (len(self.ptr),)), "fragment": ("uint16", (int(self.ptr[-1]),))}
-            for name in ("ptr", "fragment", "bond"):
-                dtype, shape = wanted.get(name) or ("uint16", (int(self.rotor_ptr[-1]), 2))
-                found = file[f"rotor/{name}"] if name in file["rotor"] else np.empty(0)
-                if found.shape != shape or found.dtype != dtype:
-                    raise InputError(f"{self.path}: rotor/{name} is not {dtype} {shape}: {remedy}")
-                if name == "ptr":
-                    self.rotor_ptr = found[:]
-            if self.rotor_ptr[0] != 0 or (np.diff(self.rotor_ptr) < 0).any():
-                raise InputError(f"{self.path}: rotor/ptr must start at 0 and never fall: {remedy}")
+            with explain(f"its rotors are damaged, {remedy}"):
+                self.rotor_ptr = open_dataset(file, "rotor/ptr", "int64", (len(self.ptr),))[:]
+                if self.rotor_ptr[0] != 0 or (np.diff(self.rotor_ptr) < 0).any():
+                    raise InputError(f"{self.path}: rotor/ptr must start at 0 and never fall")
+                open_dataset(file, "rotor/bond", "uint16", (int(self.rotor_ptr[-1]), 2))
+                open_dataset(file, "rotor/fragment", "uint16", (int(self.ptr[-1]),))
 
     def __getstate__(self):
         return self.__dict__ | {"_file": None}
@@ -118,14 +117,17 @@ class Rotors:
         check(fragment[k] != own, of_rotor, "a rotor that does not turn its own atom")
         check(fragment[j] >= own, of_rotor, "a rotor that stands before the one it hangs on")
         fragment += np.where(fragment > 0, first_rotor[of_atom], 0)
-        return {"bond": torch.from_numpy(np.stack([j, k], axis=1)), "fragment": torch.from_numpy(fragment)}
+        bond = torch.from_numpy(np.stack([j, k], axis=1))
+        return {"bond": bond, "fragment": torch.from_numpy(fragment)}
 
 
 # ---------------------------------------------------------------- the objective
 
 
 class Frad(nn.Module):
-    """Fractional denoising on any encoder (z, pos, batch) -> x, vec; names and first weights are Coord's.
+    """Fractional denoising on any encoder (z, pos, batch) -> x, vec.
+
+    Names and first weights are Coord's.
 
     DEVIATION: the clean geometry is the file's. Frad's code takes the conformer of its own LMDB
     file.

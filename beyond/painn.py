@@ -16,7 +16,6 @@ tests/test_beyond_painn.py compares the two.
 """
 
 from dataclasses import fields
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,14 +32,6 @@ def refuse_norms(config):
         if "norm" in known.name and value != known.default:
             told = f"model.{known.name} = {value}: model.backbone = {config.backbone}"
             raise InputError(f"{told} has no such part, leave it out", code=2)
-
-
-class Pairs(NamedTuple):
-    """Every pair of atoms within the cutoff, once: both directions have the same filters."""
-
-    i: torch.Tensor  # (P,) target of the first direction; the second direction runs from i to j
-    j: torch.Tensor  # (P,) source of the first direction
-    unit: torch.Tensor  # (P, 3) (pos_j - pos_i) / distance; the second direction has its negative
 
 
 class LinearSiLU(Linear):
@@ -80,6 +71,8 @@ class CosineCutoff(nn.Module):
 class PaiNNInteraction(nn.Module):
     """Messages between atoms: q (N, F), mu (N, 3, F), filters W (P, 3F) -> q, mu.
 
+    Pairs are i, j (P,) and unit (P, 3, 1). The other direction has the same filters and -unit.
+
     s_j        = B2 silu(B1 q_j)
     [a, b, e]  = W_ij * s_j
     q_i       += sum_j a
@@ -93,16 +86,15 @@ class PaiNNInteraction(nn.Module):
         first, second = LinearSiLU(channels, channels), Linear(channels, 3 * channels)
         self.interatomic_context_net = nn.Sequential(first, second)
 
-    def forward(self, q, mu, filters, pairs):
+    def forward(self, q, mu, filters, i, j, unit):
         s_a, s_b, s_e = self.interatomic_context_net(q).chunk(3, dim=-1)  # (N, F)
         w_a, w_b, w_e = filters.chunk(3, dim=-1)  # (P, F)
         s_mu = s_e.unsqueeze(1) * mu  # (N, 3, F): a product per atom, not per pair
-        unit = pairs.unit.unsqueeze(2)  # (P, 3, 1)
-        for i, j, sign in ((pairs.i, pairs.j, 1), (pairs.j, pairs.i, -1)):
-            q = q + scatter_sum(w_a * take(s_a, j), i, len(q))  # (P, F) -> (N, F)
-            along = (w_b * take(s_b, j)).unsqueeze(1)  # (P, 1, F)
-            message = torch.addcmul(w_e.unsqueeze(1) * take(s_mu, j), along, unit, value=sign)
-            mu = mu + scatter_sum(message, i, len(q))  # (P, 3, F) -> (N, 3, F)
+        for target, source, sign in ((i, j, 1), (j, i, -1)):
+            q = q + scatter_sum(w_a * take(s_a, source), target, len(q))  # (P, F) -> (N, F)
+            along = (w_b * take(s_b, source)).unsqueeze(1)  # (P, 1, F)
+            message = torch.addcmul(w_e.unsqueeze(1) * take(s_mu, source), along, unit, value=sign)
+            mu = mu + scatter_sum(message, target, len(q))  # (P, 3, F) -> (N, 3, F)
         return q, mu
 
 
@@ -154,7 +146,7 @@ class PaiNN(nn.Module):
         edge_vec = take(pos, j) - take(pos, i)  # (P, 3)
         # the clamp keeps two coincident atoms finite: derivative 0 instead of 0 / 0
         distance = edge_vec.square().sum(-1).clamp(min=1e-12).sqrt()  # (P,)
-        pairs = Pairs(i, j, edge_vec / distance.unsqueeze(-1))
+        unit = (edge_vec / distance.unsqueeze(-1)).unsqueeze(2)  # (P, 3, 1)
         rbf, fade = self.radial_basis(distance), self.cutoff_fn(distance).unsqueeze(-1)  # (P, K), (P, 1)
 
         q = self.embedding(z)  # (N, F)
@@ -165,6 +157,6 @@ class PaiNN(nn.Module):
         # a linear layer for each l: slices of one product would differ in their offset, which
         # torch.compile minds
         for interaction, mixing, A, c in zip(self.interactions, self.mixing, weights, biases, strict=True):
-            q, mu = interaction(q, mu, linear(rbf, A, c) * fade, pairs)  # filters (P, 3F)
+            q, mu = interaction(q, mu, linear(rbf, A, c) * fade, i, j, unit)  # filters (P, 3F)
             q, mu = mixing(q, mu)
         return q, mu

@@ -172,10 +172,12 @@ class UniMolPretraining(nn.Module):
 
     def __init__(self, encoder, config):
         super().__init__()
+        told = f"objective = {config.objective}"
         if not isinstance(encoder, UniMol):
-            raise InputError(f"objective = {config.objective}: it needs model.backbone=unimol", code=2)
-        if config.rec_target != "scaled":
-            raise InputError(f"objective = {config.objective}: rec_target is not for it, leave it out", code=2)
+            raise InputError(f"{told}: it needs model.backbone=unimol", code=2)
+        for key, default in (("rec_target", "scaled"), ("pooling", "mean"), ("decoder_vec", True)):
+            if getattr(config, key) != default:
+                raise InputError(f"{told}: {key} is not for it, leave it out", code=2)
         self.config = config  # keys: objective position_noise_scale; rec: alpha w_rec w_clean decoder_*
         channels, num_heads = config.model.embedding_dimension, config.model.num_heads
         self.encoder = encoder

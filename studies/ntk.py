@@ -20,7 +20,7 @@ from data import Molecules, choose
 from finetune import FinetuneConfig, PropertyModel, head_of
 from harness.errors import InputError, cli, explain
 from harness.files import check_new, provenance, write_json
-from harness.folder import FREE_TO_CHANGE, LAST, flatten
+from harness.folder import FREE_TO_CHANGE, LAST
 from harness.ranks import tune_cpu
 from harness.settings import build_config, read_arguments
 from harness.weights import read_torch, require
@@ -50,7 +50,7 @@ def load_step(path):
         model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
         if not model.std > 0 or content["step"] < 0:
             raise ValueError(f"its std is {model.std.item()}, its step {content['step']}")
-    run = {k: v for k, v in flatten(content["config"]).items() if k not in FREE_TO_CHANGE}
+    run = {k: v for k, v in content["config"].items() if k not in FREE_TO_CHANGE}
     run["data_sha256"] = content["data_sha256"]
     return content["step"], model.double(), config.target, run
 

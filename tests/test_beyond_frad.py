@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 import data
 import pretrain
 from beyond.frad import Frad, turn
+from beyond.join import sample
 from data import Molecules
-from formats.write import sample, write_h5
+from formats.write import write_h5
 from harness.errors import InputError
 from model import EquivariantTransformer, ModelConfig
 from pretrain import Pretraining
@@ -363,12 +364,12 @@ def test_a_file_without_rotors_is_told_how_to_get_them(made):
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("bond", lambda v: None, "rotor/bond is not uint16"),
-        ("ptr", lambda v: None, "rotor/ptr is not int64"),
-        ("fragment", lambda v: v[1:], "rotor/fragment is not uint16"),
-        ("bond", lambda v: v.astype(np.int64), "rotor/bond is not uint16"),
-        ("bond", lambda v: v[:-1], "rotor/bond is not uint16"),
-        ("ptr", lambda v: v[:-1], "rotor/ptr is not int64"),
+        ("bond", lambda v: None, "rotor/bond is missing"),
+        ("ptr", lambda v: None, "rotor/ptr is missing"),
+        ("fragment", lambda v: v[1:], "rotor/fragment is uint16"),
+        ("bond", lambda v: v.astype(np.int64), "rotor/bond is int64"),
+        ("bond", lambda v: v[:-1], "rotor/bond is uint16"),
+        ("ptr", lambda v: v[:-1], "rotor/ptr is int64"),
         ("ptr", lambda v: at_first(v, 0, 1), "rotor/ptr must start at 0"),
         ("ptr", lambda v: at_first(v, 5, v[-1] + 1), "rotor/ptr must start at 0 and never fall"),
         ("ptr", lambda v: {"a": 1}, "rotors are damaged"),

@@ -433,6 +433,12 @@ def test_every_weight_but_one_gets_a_gradient(name, number, device):
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("setting", [{"pooling": "sum"}, {"decoder_vec": False}, {"rec_target": "unit"}])
+def test_a_setting_without_an_effect_is_refused(setting):
+    with pytest.raises(InputError, match=f"objective = unimol_rec: {next(iter(setting))} is not for it"):
+        objective("cpu", "unimol_rec", **setting)
+
+
 def test_another_encoder_is_refused():
     with pytest.raises(InputError, match="model.backbone=unimol") as refused:
         UniMolPretraining(EquivariantTransformer(ModelConfig(**SMALL)), pretrain.PretrainConfig(objective="unimol"))
