@@ -160,9 +160,12 @@ def split_indices(num, sizes, seed=1):
 
 
 def qm9_splits(num):
-    """The field's split of QM9 by default_rng(1), for a file of all of it: 110,000 / 10,000 / 10,831 molecules."""
+    """The field's split of QM9 by default_rng(1), 110,000 / 10,000 / 10,831 molecules, for a file of all of it."""
+    if num != 130_831:
+        print(f"  no splits: QM9's are of the 130,831 molecules that are not uncharacterized, these are {num:,}")
+        return {}
     sizes = {"train": 110_000, "val": 10_000, "test": None}
-    return dict(zip(sizes, split_indices(num, sizes.values()))) if num > 120_000 else {}
+    return dict(zip(sizes, split_indices(num, sizes.values())))
 
 
 def choose(molecules, split, size, name, label=""):
@@ -175,7 +178,7 @@ def choose(molecules, split, size, name, label=""):
 
 
 def standard_normal(num, *key, extra=0):
-    """Standard normal numbers (num, 3 + extra) float32 of the integers in key. The first 3 columns: not of extra."""
+    """Standard normal numbers (num, 3 + extra) float32 of the integers in key. The first 3 do not depend on extra."""
     flat = np.random.default_rng(key).standard_normal(num * (3 + extra), dtype=np.float32)
     return torch.from_numpy(np.hstack([flat[: 3 * num].reshape(num, 3), flat[3 * num :].reshape(num, extra)]))
 
@@ -230,7 +233,7 @@ class StepBatches(torch.utils.data.Dataset):
 def main(argv):
     from beyond import join, molnet, rotors  # training does not need them
     from formats.sources import SOURCES
-    from formats.write import convert, info, sample
+    from formats.write import convert, info
 
     usage = f"usage: python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...] (SOURCE: {' '.join(SOURCES)}), "
     usage += "info FILE.h5, sample FILE.h5 OUT.h5 num=2000 seed=1, join A.h5 B.h5 OUT.h5, rotors, molnet; see --help"
@@ -240,7 +243,7 @@ def main(argv):
         case ["info", path]:
             info(Molecules(path))
         case ["sample", path, out, *keys] if m := re.fullmatch(r"num=(\d{1,9}) seed=(\d{1,9})", " ".join(sorted(keys))):
-            sample(Molecules(path), out, int(m[1]), int(m[2]))
+            join.sample(Molecules(path), out, int(m[1]), int(m[2]))
         case ["join", *paths, out] if len(paths) > 1:
             join.join([Molecules(path) for path in paths], out)
         case ["rotors", path, *raw, out] if len(raw) < 2:

@@ -35,9 +35,11 @@ from harness.errors import InputError, explain, need, one_line
 from harness.files import check_file, check_new, sha256
 
 USAGE = "python data.py molnet FILE.csv OUT.h5 labels=NAME:UNIT,... [smiles=NAME] [conformers=1] [seed=0]"
-KEYS = "smiles labels conformers seed targets unit"
+KEYS = "smiles labels conformers seed"
 KEY = re.compile(rf"(?:^|\s)({KEYS.replace(' ', '|')})=")
-UNITS = {"unit", "units", "standard unit", "standard units"}  # columns of units
+# columns, also as `Standard Units`, that say for each row what its numbers are
+OF_ROWS = {"unit", "units", "relation", "standard unit", "standard units"}
+OF_ROWS |= {"standard type", "standard relation"}
 SPLITS = ("train", "val", "test")
 NO_SPLIT = "none, a part would be empty; give finetune.py train_size, val_size or test_size"
 STEPS = 2000  # of the force field. After RDKit's 200 two of three drug-like molecules still move
@@ -104,16 +106,23 @@ def find_columns(path, smiles, names):
     return len(header), header.index(smiles), {name: header.index(name) for name in names}, twice
 
 
-def check_unit_column(path):
-    """Refuse a table whose column `unit` says that the rows have different ones."""
-    header = next(table(path))
-    for place, name in enumerate(header):
-        if name.lower().replace("_", " ") not in UNITS:
+def check_kinds(path, columns, asked):
+    """-> notes; refuses a table whose column says that numbers are bounds, or of several units."""
+    width, smiles, labels = columns
+    notes = []
+    for place, name in enumerate(next(table(path))):
+        if (kind := name.lower().replace("_", " ")) not in OF_ROWS:
             continue
-        units = {cells[name] for *_, cells in read_rows(path, len(header), 0, {name: place}) if cells} - {""}
-        if len(units) > 1:
-            told = f"{path}: column {name} has {', '.join(sorted(units)[:5])}"
-            raise InputError(f"{told}: bring all rows to one unit and leave it out")
+        rows = read_rows(path, width, smiles, labels | {name: place})
+        known = [cells for *_, cells in rows if any(NUMBER.fullmatch(cells.get(n, "")) for n in labels)]
+        said = {cells[name].strip("' ") for cells in known} - {""}
+        told = f"column {name} has {', '.join(sorted(said)[:5])}"
+        if "relation" in kind and said - {"="}:
+            raise InputError(f"{path}: {told}: a bound is no label, keep the rows that have =")
+        if len(said) > 1:
+            raise InputError(f"{path}: {told}: bring all rows to one, or keep those of one")
+        notes += [told] if "unit" in kind and said - {unit for _, unit in asked.values()} else []
+    return notes
 
 
 def read_rows(path, width, smiles, places):
@@ -233,8 +242,15 @@ def survey(path, columns, asked):
         # DeepChem's freesolv.csv.gz is so: what a model learns of it has no unit that anyone knows
         if unit != "1" and len(known) > 9 and abs(known.mean()) < 0.02 and abs(known.std() - 1) < 0.02:
             told = f"{path}: {name} has mean {known.mean():.3f} and standard deviation {known.std():.3f}"
-            raise InputError(f"{told}: standardised, so not in {unit}. Take the raw values, or write {name}:1")
+            told += f": standardised, so not in {unit}"
+            raise InputError(f"{told}. Take the raw values, or write {name}:1")
     notes = [f"{name}: {n} of its cells are no numbers, {texts[name]}" for name, n in number.items()]
+    for name, known in values.items():
+        low, high = np.nanquantile(known, (0.25, 0.75))
+        if high > low and (far := [one for one in known if abs(one - low) > 100 * (high - low)]):
+            notes.append(
+                f"{name}: {len(far)} of its numbers lie far from all others, such as {far[0]:g}: placeholders?"
+            )
     if again:
         repeats = sum(map(len, groups.values())) - len(first)
         notes.append(f"{repeats} rows have a molecule that stood before, such as that of {again}")
@@ -272,7 +288,7 @@ def relax(mol):
     keys = {"maxIters": STEPS, "ignoreInterfragInteractions": False}
     moving = f", not at its minimum after {STEPS} steps"
     if (left := force_fields.MMFFOptimizeMolecule(mol, **keys)) >= 0:
-        return f"MMFF94{moving}" * left
+        return f"MMFF94{moving}" if left else ""
     # an atom without parameters would get no forces, and UFF would say all the same that it is done
     if not force_fields.UFFHasAllMoleculeParams(mol):
         return "no force field has parameters: as embedded, not relaxed"
@@ -360,10 +376,6 @@ def parse_keys(words):
         raise InputError(f"{strange[0]!r} is no key, usage: {USAGE}", code=2)
     first, *rest = KEY.split(" ".join(words))
     keys = dict(zip(rest[::2], map(str.strip, rest[1::2])))
-    if {"targets", "unit"} & keys.keys():
-        names, unit = keys.get("targets", "NAME").split(","), keys.get("unit", "UNIT")
-        told = ",".join(f"{name.strip()}:{unit}" for name in names)
-        raise InputError(f"targets and their unit are written labels={told} here", code=2)
     keys = {"smiles": "", "labels": "", "conformers": "1", "seed": "0"} | keys
     if not re.fullmatch(r"[1-9]\d{0,2}", keys["conformers"]) or not re.fullmatch(r"\d{1,9}", keys["seed"]):
         raise InputError("conformers is 1 to 999, seed a number from 0", code=2)
@@ -380,17 +392,18 @@ def from_csv(path, out, *words):
     check_file(path, "give a csv with a header")
     rdkit = need("rdkit", "making conformers")
     *columns, twice = find_columns(path, keys["smiles"], [name for name, _ in asked.values()])
-    check_unit_column(path)
+    kinds = check_kinds(path, columns, asked)
     lost = partial(explain, f"{path}: a process was lost over a molecule", BrokenProcessPool)
     with lost():
         split, notes = survey(path, columns, asked)
-    notes += shifted(path, columns)
+    notes += kinds + shifted(path, columns)
     num, seed = int(keys["conformers"]), int(keys["seed"])
     told = {key: text for key, text in keys.items() if text}
     command = ["python", "data.py", "molnet", path.name, out.name, *(f"{k}={v}" for k, v in told.items())]
     attrs = {"name": stem(path), "source": path.name, "source_sha256": sha256(path)}
     attrs["command"] = f"{shlex.join(command)}  # RDKit {rdkit.__version__}"
-    attrs |= {"conformers": f"up to {num} neighbouring rows with the same id are one molecule"} if num > 1 else {}
+    if num > 1:
+        attrs["conformers"] = f"up to {num} neighbouring rows with the same id are one molecule"
 
     def stream():
         with lost():
@@ -403,7 +416,9 @@ def from_csv(path, out, *words):
         ids = file["id"][:]
         sizes = {name: len(np.unique(ids[file[f"split/{name}"][:]])) for name in SPLITS if f"split/{name}" in file}
     if num > 1:
-        print(f"  {len(np.unique(ids)):,} rows of the csv, {len(ids) / len(np.unique(ids)):.1f} conformers of each")
-    print(*(f"  {note}" for note in notes), sep="\n", end="\n" * bool(notes))
+        rows = len(np.unique(ids))
+        print(f"  {rows:,} rows of the csv, {len(ids) / rows:.1f} conformers of each")
+    for note in notes:
+        print(f"  {note}")
     shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     print(f"  split by scaffold: {shown or NO_SPLIT}")

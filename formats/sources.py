@@ -33,6 +33,7 @@ Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy 
 Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
 NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)((e|d|\*\^)[-+]?\d+)?|inf|infinity)\s*", re.I)
 SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n((?:[^>\n].*\n?)*)", re.M)  # name, value
+CHARGED = "charged: neither the file nor the network keeps the charge"
 ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
 # name and unit here, column in qm9pack (sic); in the order of the xyz comment line
 QM9_LABELS = """A GHz RotA_GHz, B GHz RotB_GHz, C GHz RotC_GHz, mu D Dipole_debye,
@@ -145,9 +146,9 @@ def parse_sdf(items, titled):
     from rdkit import Chem, RDLogger
 
     RDLogger.DisableLog("rdApp.*")
-    molecules, title = [], ""
+    molecules, bonds = [], b""
     for key, block in items:
-        before, title = title, block.partition("\n")[0].strip()
+        title, before = block.partition("\n")[0].strip(), bonds
         key = int(title) if titled and re.fullmatch(r"\d{1,18}", title) else key
         # Unsanitized: charges and valences do not matter here, and RDKit's opinion of them would cost molecules.
         mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False, strictParsing=False)
@@ -162,9 +163,13 @@ def parse_sdf(items, titled):
             said = {name: text for name, text in tags if sum(name == other for other, _ in tags) == 1}
             notes = {f"not read: {name}" for name, text in said.items() if re.match(r"\s*[-+.\d]", text)}
             notes |= {f"not read: {name}, given more than once" for name in dict(tags).keys() - said.keys()}
-            notes |= {"carbon without any hydrogen: are they left out?"} if 6 in z and 1 not in z else set()
-            again = title == before != "" and np.array_equal(z, molecules[-1].get("z"))
-            notes |= {*["title and atoms of the one before: conformers? A random split parts them"] * again}
+            mol.UpdatePropertyCache(strict=False)
+            free = any(atom.GetNumImplicitHs() for atom in mol.GetAtoms())
+            notes |= {"an atom with a free valence: are hydrogens left out?"} if free else set()
+            notes |= {CHARGED} if Chem.GetFormalCharge(mol) else set()
+            bonds = z.tobytes() + Chem.GetAdjacencyMatrix(mol).tobytes()
+            again = bonds == before and len(z) > 3
+            notes |= {"atoms and bonds of the one before: conformers? A random split parts them"} if again else set()
             molecules.append({"id": key, "z": z, "pos": pos, "labels": {}, "tags": numbers(said), "notes": notes})
     return molecules
 
@@ -259,6 +264,7 @@ LABEL = re.compile(r"energ|force|gradient|dipole|gap|homo|lumo|^[ef]$", re.I)  #
 NOT_READ = re.compile("time|temp|mass|charge|stress|press|virial|dipole|moment|veloc|step|predicted")
 LONE_UNITS = re.compile(r"hartrees?|eh|e_h|ha|bohrs?|kcal|kcal/mol|kj|kj/mol|ry|rydberg|mev|au|a\.u\.|nm|pm", re.I)
 NAME = re.compile("name|title|config|method|theory", re.I)  # a molecule may be called bohr
+CELL = re.compile(r"(lattice|cell)(\(abc.*)?", re.I)  # under other names than ase's
 SPOKEN = re.compile(r"(?<![\w-])(hartrees?|bohrs?|kcal/mol|kcal|kj/mol|kj|rydberg|mev|nm|a\.u\.)(?![\w-])", re.I)
 
 
@@ -316,7 +322,7 @@ def read_npz(raw, keys, index=None):
 def xyz_labels(where, atoms, levels, forces):
     """-> labels, notes and tags of the frame where; an InputError if labels are not clear.
 
-    levels: the set of those that the frames so far had, REF_ or plain; a file is of one. forces: has it any.
+    levels: the set of those that the frames so far had, REF_ or plain; a data set is of one. forces: has it any.
     """
     stated, plain = atoms.info | atoms.arrays, dict(atoms.calc.results if atoms.calc else {})
     known = {k.removeprefix("REF_"): v for k, v in stated.items() if k in ("REF_energy", "REF_forces")}
@@ -332,21 +338,23 @@ def xyz_labels(where, atoms, levels, forces):
     if forces and len(atoms) == 1 and labels.keys() == {"energy"}:
         labels["forces"] = np.zeros((1, 3))
         notes |= {"force on a lone atom set to 0"}
-    return {"labels": labels, "notes": notes, "tags": numbers(atoms.info | plain)}
+    tags = numbers(atoms.info | plain)
+    notes |= {CHARGED for name, value in tags.items() if re.fullmatch("(total_?)?charge", name, re.I) and value}
+    return {"labels": labels, "notes": notes, "tags": tags}
 
 
-def read_xyz(raw, labelled=True):
-    """Extended xyz, eV and eV/Å; labels under REF_energy or energy and REF_forces or forces, both optional."""
-    ase, levels = need("ase.io", "reading extended xyz"), set()
+def read_xyz(raw, levels=None):
+    """Extended xyz, eV and eV/Å; labels are optional. levels: as in xyz_labels, None: labels are not read."""
+    ase = need("ase.io", "reading extended xyz")
     with open_raw(raw) as file:
-        forces = labelled and any(re.search(rb":(REF_)?forces:R:3", line) for line in file)
+        forces = levels is not None and any(re.search(rb":(REF_)?forces:R:3", line) for line in file)
     with io.TextIOWrapper(open_raw(raw)) as file, explain(f"{raw}: name atoms by symbols such as O", KeyError):
         for key, atoms in enumerate(ase.iread(file, index=":", format="extxyz")):
-            if atoms.pbc.any():
+            if atoms.pbc.any() or any(map(CELL.fullmatch, atoms.info)):
                 yield {"id": key, "skip": "periodic: not a molecule"}
                 continue
             check_units(atoms.info, "eV", where := f"{raw}: frame {key}")
-            labels = xyz_labels(where, atoms, levels, forces) if labelled else {"labels": {}}
+            labels = xyz_labels(where, atoms, levels, forces) if levels is not None else {"labels": {}}
             yield {"id": key, "z": atoms.numbers, "pos": atoms.positions, "atoms": atoms} | labels
         if any(line.strip() for line in file):  # ase stops at a blank line
             raise ValueError("a blank line between molecules: remove it")
@@ -372,7 +380,7 @@ CREDIT = {  # name, license, attribution
 
 def stem(path):
     """md17_aspirin.npz -> md17_aspirin, DFT.sdf.gz -> DFT."""
-    return Path(path.name.removesuffix(".gz")).stem
+    return Path(re.sub(r"\.(gz|bz2|xz)$", "", path.name)).stem
 
 
 def parse_labels(text):
@@ -406,10 +414,11 @@ def with_labels(molecules, asked):
 
 def read_source(source, raws):
     """Every molecule of the raw files, in order; several files become named splits."""
+    read, levels = SOURCES[source][0], {"levels": set()} if source == "xyz" else {}
     for group in [raws] if source == "qm9" else [[raw] for raw in raws]:
         molecule = None
         with readable(*group):
-            for molecule in SOURCES[source][0](*group):
+            for molecule in read(*group, **levels):
                 yield molecule | {"split": (stem(group[0]),)} if len(group) < len(raws) else molecule
         if molecule is None:
             raise InputError(f"{' '.join(map(str, group))}: no molecules inside: is it the right file, and whole?")

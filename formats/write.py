@@ -1,4 +1,4 @@
-"""Molecules -> one HDF5 file, whole or not at all; a random sample of a file; what to know of a file."""
+"""Molecules -> one HDF5 file, whole or not at all; what to know of a file."""
 
 import os
 import shlex
@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.schema import SCHEMA, flaw, pairs, read_contents
-from formats.sources import EV, SOURCES, SYMBOLS, credit, parse_labels, read_source, stem, with_labels
+from formats.sources import SOURCES, SYMBOLS, credit, parse_labels, read_source, stem, with_labels
 from harness.errors import InputError
 from harness.files import check_file, check_new, sha256
 
+HARTREE = {"hartree": 1.0, "eV": 27.211386, "kcal/mol": 627.5095, "kJ/mol": 2625.5}
 DTYPES = {"z": "uint8", "pos": "float32", "forces": "float32", "id": "int64", "ptr": "int64"}
 
 
@@ -38,6 +39,8 @@ class Columns:
         self.folder, self.stack, self.parts, self.splits, self.labels = folder, stack, {}, {}, None
         self.num_molecules = self.num_atoms = 0
         self.geometries = array("q")  # of each molecule a hash of its elements and positions
+        self.sizes = array("d")  # of each energy: its ratio to sum Z^2.4 / 2, which all electrons have in hartree
+        self.nearest = np.inf  # Å, of the atoms of the first molecules
         self.add(ptr=0)
 
     def add(self, **values):
@@ -59,9 +62,26 @@ class Columns:
         for name in mol.get("split", ()):
             self.splits.setdefault(name, array("q")).append(self.num_molecules)
         self.geometries.append(hash((np.uint8(mol["z"]).tobytes(), mol["pos"].tobytes())))
+        if "energy" in names:
+            self.sizes.append(-2 * mol["labels"]["energy"] / (mol["z"].astype(float) ** 2.4).sum())
+        if len(mol["z"]) > 1 and self.num_molecules < 100:
+            i, j = pairs(np.zeros(len(mol["z"])))
+            self.nearest = min(self.nearest, np.linalg.norm(mol["pos"][i] - mol["pos"][j], axis=1).min())
         self.num_molecules += 1
         self.num_atoms += len(mol["z"])
         self.add(id=mol["id"], ptr=self.num_atoms, z=mol["z"], pos=mol["pos"], **mol["labels"])
+
+    def suspicions(self, unit):
+        """{note: count} of likely mistakes; unit: of the energies."""
+        size = np.array(self.sizes or [0.0]) / 1.025  # Thomas-Fermi's energy, which is 2.5 % off
+        low, middle, high = np.quantile(size, (0.25, 0.5, 0.75))
+        far = (np.abs(size - middle) > 100 * (high - low)) & (high > low)
+        found = {"an energy far from all others: a placeholder?": far.sum()}
+        for other in (other for other, one in HARTREE.items() if other != unit and 0.95 < middle / one < 1.05):
+            found[f"an energy like that of all electrons in {other}: is it in {unit}?"] = len(size)
+        if 1.2 < self.nearest < np.inf:  # a bond with hydrogen is shorter
+            found["no two atoms closer than 1.2 Å: are these bohr?"] = min(100, self.num_molecules)
+        return found
 
     def assemble(self, path, attrs, units, rows=1 << 20):
         """Write the file, a million rows at a time."""
@@ -102,6 +122,7 @@ def write_h5(out, molecules, attrs, units, splits_of=None):
         columns.splits |= splits_of(columns.num_molecules) if splits_of else {}
         columns.assemble(f"{folder}/out.h5", attrs, units)
         os.replace(f"{folder}/out.h5", out)
+    notes |= columns.suspicions(units.get("energy"))
     if again := columns.num_molecules - len(np.unique(columns.geometries)):
         notes["the same elements and positions as one before: splits may part them"] = again
     return columns.num_molecules, columns.num_atoms, skipped, notes
@@ -125,6 +146,14 @@ def save(out, molecules, attrs, units, splits_of=None):
         print(f"    {count:,}: {cause} (id {', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
 
 
+def made_of(paths, *command):
+    """Attributes: of what a file is made, and how."""
+    if len({stem(path) for path in paths}) < len(paths):
+        raise InputError("two files have the same name, which names their split: rename one", code=2)
+    sources = {"source": "\n".join(path.name for path in paths), "source_sha256": "\n".join(map(sha256, paths))}
+    return sources | {"command": shlex.join(["python", "data.py", *command])}
+
+
 def convert(source, raws, out, splits_of=None, labels=""):
     """python data.py SOURCE RAW [RAW ...] OUT.h5 [labels=NAME:UNIT,...]"""
     raws, out, asked = [Path(raw) for raw in raws], Path(out), parse_labels(labels)
@@ -133,53 +162,18 @@ def convert(source, raws, out, splits_of=None, labels=""):
         check_file(raw, "the file to write is the last one" if raw.suffix == ".h5" else "download it first")
     if source == "pcqm4mv2" and len(raws) > 1:
         raise InputError(f"pcqm4mv2 takes one raw file, got {len(raws)}", code=2)
-    if source != "qm9" and len({stem(raw) for raw in raws}) < len(raws):
-        raise InputError("two raw files have the same name, which names their split: rename one", code=2)
-    names = [raw.name for raw in raws]
-    attrs = credit(source, raws) | {"source": "\n".join(names)}
-    attrs["source_sha256"] = "\n".join(map(sha256, raws))
-    attrs["command"] = shlex.join(["python", "data.py", source, *names, out.name, *labels.splitlines()])
+    attrs = credit(source, raws) | made_of(raws, source, *(raw.name for raw in raws), out.name, *labels.splitlines())
     units = SOURCES[source][1] | {dataset: unit for dataset, (_, unit) in asked.items()}
     molecules = with_labels(read_source(source, raws), asked)
     save(out, molecules, attrs, units, splits_of if source == "qm9" else None)
 
 
-def sample(molecules, out, num, seed):
-    """python data.py sample FILE.h5 OUT.h5 num=2000 seed=1: molecules drawn without replacement, in the file's order"""
-    if not 1 <= num <= len(molecules):
-        raise InputError(f"num={num}: {molecules.path} has {len(molecules)} molecules", code=2)
-    index = np.sort(np.random.default_rng(seed).permutation(len(molecules))[:num])
-    units = {name if name in EV else f"y/{name}": unit for name, unit in molecules.units.items()}
-    columns = {k: molecules.label(k.removeprefix("y/"))[index] for k in units if k != "forces"}
-    splits = {name: np.isin(index, members) for name, members in molecules.splits.items()}
-    forces, ids = "forces" in molecules.units, molecules.ids
-
-    def stream():
-        for k, m in enumerate(index):
-            atoms = molecules.read([m], forces=forces)
-            labels = {name: column[k] for name, column in columns.items()}
-            labels |= {"forces": atoms["forces"].numpy()} if forces else {}
-            split = [name for name, inside in splits.items() if inside[k]]
-            yield {"id": ids[m], "z": atoms["z"].numpy(), "pos": atoms["pos"].numpy(), "labels": labels, "split": split}
-
-    attrs = molecules.attrs | {"name": f"{molecules.name}, {num} of {len(molecules)} molecules, seed {seed}"}
-    command = f"python data.py sample {Path(molecules.path).name} {Path(out).name} num={num} seed={seed}"
-    attrs["command"] = f"{molecules.attrs.get('command', '')}\n{command}".strip()
-    save(Path(out), stream(), attrs, units)
-
-
 def info(m, chunk=10_000):
     """python data.py info FILE.h5: m is its Molecules."""
-    elements, square, largest = np.zeros(119, dtype=np.int64), 0.0, 0.0
-    near, nearest, closest, wrong = 0, np.inf, None, []
+    elements, square, largest, wrong = np.zeros(119, dtype=np.int64), 0.0, 0.0, []
     for start in range(0, len(m), chunk):  # read refuses positions and elements that cannot be
         part = m.read(range(start, min(start + chunk, len(m))), forces="forces" in m.units)
         elements += np.bincount(part["z"], minlength=119)
-        i, j = pairs(part["batch"].numpy())
-        apart = (part["pos"][i] - part["pos"][j]).norm(dim=1).numpy()  # (P,)
-        near += (apart < 5).sum()
-        if len(apart) and apart.min() < nearest:
-            nearest, closest = apart.min(), start + int(part["batch"][i[apart.argmin()]])
         if "forces" in m.units:
             square += part["forces"].double().square().sum().item()
             largest = np.maximum(largest, part["forces"].abs().max().item())  # keeps a nan
@@ -187,9 +181,6 @@ def info(m, chunk=10_000):
     lines = [("name", m.name), ("size", size)]
     lines += [("atoms", f"{atoms.min()} to {atoms.max()} per molecule, mean {atoms.mean():.1f}")]
     lines += [("elements", ", ".join(f"{SYMBOLS.split()[z]} {elements[z]:,}" for z in np.flatnonzero(elements)))]
-    lines += [("pairs", f"{near / len(m):.1f} per molecule within 5 Å")]
-    far = " (far: are these bohr?)" * bool(nearest > 1.2)  # a bond with hydrogen is shorter
-    lines += [("closest atoms", f"{nearest:.3f} Å in molecule {closest}{far}")] if closest is not None else []
     lines += [("splits", ", ".join(f"{name} {len(index):,}" for name, index in m.splits.items()) or "none")]
     for key in ("source", "source_sha256", "command", "license", "attribution"):
         lines += [(key, line) for line in str(m.attrs.get(key, "not stated")).split("\n")]

@@ -19,8 +19,8 @@ import data
 import finetune
 import lipschitz
 import pretrain
+from beyond.join import sample
 from data import Molecules
-from formats.write import sample
 from harness.errors import InputError
 from harness.settings import load_config
 from studies import graph_embedding, ntk

@@ -21,6 +21,7 @@ def test_all_molecules_in_order(tmp_path):
     assert both.splits["ethanol_demo"].tolist() == list(range(first))
     assert both.splits["qm9_demo"].tolist() == list(range(first, len(both)))
     assert "CC0" in both.attrs["license"] and len(both.attrs["source_sha256"].split()) == 2
+    assert both.attrs["source"].split("\n") == ["ethanol_demo.h5", "qm9_demo.h5"]  # no folders of this machine
     for start, part in zip((0, first), parts, strict=True):
         mine, theirs = both.read(range(start, start + len(part))), part.read(range(len(part)))
         assert all(np.array_equal(mine[name], theirs[name]) for name in ("z", "pos", "batch"))

@@ -1,5 +1,6 @@
 """Files as people really have them: units under any name, levels that mix, drawings, look-alikes of labels, weights."""
 
+import importlib
 import json
 import os
 import re
@@ -85,6 +86,59 @@ def test_lengths_that_are_no_angstrom_leave_no_molecule(tmp_path):
     path = xyz(tmp_path / "a.xyz", "water", atoms="O 0 0 0.0119\nH 0 0.0763 -0.0477\nH 0 -0.0763 -0.0477\n")
     with pytest.raises(InputError, match=r"no molecule that can be used \(two atoms closer than 0.5 Å: 1\)"):
         convert("xyz", [path], tmp_path / "a.h5")
+
+
+def test_bohr_is_told(tmp_path, capsys):
+    atoms = "O 0 0 0.225\nH 0 1.442 -0.901\nH 0 -1.442 -0.901\n"
+    convert("xyz", [xyz(tmp_path / "a.xyz", "water", atoms=atoms)], tmp_path / "a.h5")
+    assert "no two atoms closer than 1.2 Å: are these bohr? (1 molecules)" in capsys.readouterr().out
+    convert("xyz", [xyz(tmp_path / "b.xyz", "water", atoms=WATER)], tmp_path / "b.h5")
+    assert "are these bohr" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor, unit", [(1 / 627.5095, "hartree"), (1 / 23.0605, "eV"), (4.184, "kJ/mol"), (1, "")])
+def test_an_energy_of_all_electrons_tells_its_unit(tmp_path, capsys, factor, unit):
+    """Half the sum of Z^2.4, in hartree: no other unit is within a factor of four of it."""
+    energy = factor * np.array([-47937.2, -47938.1, -47936.0, -47937.9])
+    convert("md17", [md17_npz(tmp_path / "md17_a.npz", E=energy)], tmp_path / "a.h5")
+    said = capsys.readouterr().out
+    told = f"an energy like that of all electrons in {unit}: is it in kcal/mol? (4 molecules)"
+    assert told in said if unit else "electrons" not in said
+
+
+def test_other_energies_are_of_no_unit(tmp_path, capsys):
+    """Of a tight-binding method without core electrons, and of atomisation."""
+    for raw in (ROOT / "data/ethanol_100.xyz", xyz(tmp_path / "a.xyz", f"{FORCES} energy=-9.5")):
+        convert("xyz", [raw], tmp_path / f"{raw.stem}.h5")
+        assert "electrons" not in capsys.readouterr().out
+
+
+def test_a_placeholder_among_energies_is_told(tmp_path, capsys):
+    frames = [f"{FORCES} energy={-2076.0 - 0.01 * k if k % 10 else 0.0}" for k in range(20)]
+    convert("xyz", [xyz(tmp_path / "a.xyz", *frames)], tmp_path / "a.h5")
+    assert "an energy far from all others: a placeholder? (2 molecules)" in capsys.readouterr().out
+
+
+def test_levels_do_not_mix_between_files_either(tmp_path):
+    first, second = xyz(tmp_path / "a.xyz", "REF_energy=-2076.0"), xyz(tmp_path / "b.xyz", "energy=-138.0")
+    with pytest.raises(InputError, match="b.xyz: frame 0 has labels under REF_ and others without it"):
+        convert("xyz", [first, second], tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("cell", ['lattice="9 0 0 0 9 0 0 0 9"', 'cell="9 9 9"', "CELL(abcABC): 9.8 9.8 9.8 90 90 90"])
+def test_a_cell_under_another_name(tmp_path, cell):
+    with pytest.raises(InputError, match="periodic: not a molecule: 1"):
+        convert("xyz", [xyz(tmp_path / "a.xyz", f"{FORCES} energy=-2076.0 {cell}")], tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("packer", ["gzip", "bz2", "lzma"])
+def test_a_packed_file_names_its_split_as_the_plain_one(tmp_path, packer):
+    open_ = importlib.import_module(packer).open
+    raws = [tmp_path / f"{name}.xyz.{ {'gzip': 'gz', 'lzma': 'xz'}.get(packer, packer) }" for name in ("some", "more")]
+    for raw in raws:
+        with open_(raw, "wt") as file:
+            file.write(xyz(tmp_path / "a.xyz", "water").read_text())
+    assert [*convert("xyz", raws, tmp_path / "a.h5").splits] == ["more", "some"]
 
 
 @pytest.mark.parametrize("name", ["8", "O1"])
@@ -554,12 +608,22 @@ def test_a_unit_in_the_name_of_a_tag_must_be_the_one_asked_for(tmp_path):
     assert Molecules(tmp_path / "out.h5").units == {"t [kcal_mol]": "kcal/mol"}
 
 
-def test_conformers_of_one_molecule_are_told(tmp_path, capsys):
-    pytest.importorskip("rdkit.Chem")
+@pytest.mark.parametrize("titles", [("methanol", "methanol", "methanol"), ("", "", ""), ("conf_1", "conf_2", "a")])
+def test_conformers_of_one_molecule_are_told(tmp_path, capsys, titles):
     path = tmp_path / "a.sdf"
-    path.write_text(2 * f"methanol{sdf_with([])}" + f"methanol{sdf_with([], 'CCO')}")
+    blocks = sdf_with([]), sdf_with([]), sdf_with([], "CCO")
+    path.write_text("".join(title + block for title, block in zip(titles, blocks, strict=True)))
     data.main(["sdf", str(path), str(tmp_path / "out.h5")])
     assert "conformers? A random split parts them (1 molecules)" in capsys.readouterr().out
+
+
+def test_an_ion_is_told(tmp_path, capsys):
+    path, words = tmp_path / "a.sdf", "charged: neither the file nor the network keeps the charge (1 molecules)"
+    path.write_text(sdf_with([], "CC(=O)[O-]") + sdf_with([]))
+    data.main(["sdf", str(path), str(tmp_path / "out.h5")])
+    assert words in capsys.readouterr().out
+    convert("xyz", [xyz(tmp_path / "a.xyz", "charge=-1", "total_charge=0", "q", atoms="H 0 0 0\n")], tmp_path / "a.h5")
+    assert words in capsys.readouterr().out
 
 
 def test_a_geometry_without_its_hydrogens_is_said(tmp_path, capsys):
@@ -568,7 +632,21 @@ def test_a_geometry_without_its_hydrogens_is_said(tmp_path, capsys):
     bare = Chem.RemoveHs(Chem.MolFromMolBlock(sdf_with([]).partition("$$$$")[0], removeHs=False))
     path.write_text(Chem.MolToMolBlock(bare) + "$$$$\n" + sdf_with([]))
     data.main(["sdf", str(path), str(tmp_path / "out.h5")])
-    assert "carbon without any hydrogen: are they left out? (1 molecules)" in capsys.readouterr().out
+    assert "an atom with a free valence: are hydrogens left out? (1 molecules)" in capsys.readouterr().out
+
+
+def test_a_geometry_with_polar_hydrogens_alone_is_said(tmp_path, capsys):
+    """As docking programs write it."""
+    Chem = pytest.importorskip("rdkit.Chem")
+    mol = Chem.RWMol(Chem.MolFromMolBlock(sdf_with([], "CC(=O)NC").partition("$$$$")[0], removeHs=False))
+    carbons = [a for a in mol.GetAtoms() if a.GetAtomicNum() == 1 and a.GetNeighbors()[0].GetAtomicNum() == 6]
+    for number in sorted((atom.GetIdx() for atom in carbons), reverse=True):
+        mol.RemoveAtom(number)
+    assert sum(atom.GetAtomicNum() == 1 for atom in mol.GetAtoms()) == 1
+    path = tmp_path / "a.sdf"
+    path.write_text(Chem.MolToMolBlock(mol) + "$$$$\n")
+    data.main(["sdf", str(path), str(tmp_path / "out.h5")])
+    assert "an atom with a free valence: are hydrogens left out? (1 molecules)" in capsys.readouterr().out
 
 
 def test_state_dicts_inside_a_checkpoint_are_found(tmp_path):

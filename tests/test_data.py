@@ -12,7 +12,7 @@ from raw_files import UNITS, WATER, convert, md17_npz, water_frames
 from torch.utils.data import DataLoader
 
 import data
-from data import Molecules, StepBatches, epoch_order, split_indices
+from data import Molecules, StepBatches, epoch_order, qm9_splits, split_indices
 from formats.sources import HAR2EV
 from formats.write import info
 from harness.errors import InputError
@@ -161,6 +161,15 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
         order, np.random.default_rng([7, 3]).permutation(1000)
     )  # a run stopped today resumes tomorrow
     assert not np.array_equal(order, epoch_order(1000, 7, 4)) and not np.array_equal(order, epoch_order(1000, 3, 7))
+
+
+def test_only_the_whole_of_qm9_has_its_splits(capsys):
+    assert {name: len(index) for name, index in qm9_splits(130_831).items()} == {
+        "train": 110_000,
+        "val": 10_000,
+        "test": 10_831,
+    }
+    assert qm9_splits(133_885) == {} and "130,831 molecules that are not uncharacterized" in capsys.readouterr().out
 
 
 def test_split_indices():

@@ -298,6 +298,16 @@ def test_isotopes_and_atom_maps_make_no_scaffold_of_their_own():
     assert found == [(0, "Cc1ccccc1", "c1ccccc1", {})] * 4
 
 
+def test_a_bound_without_a_number_a_stated_unit_and_a_placeholder(convert):
+    """As ChEMBL exports it: where the relation is no `=`, pChEMBL has no value."""
+    lines = [f"{'C' * (k + 2)},{5 + k / 10},'=',nM" for k in range(12)]
+    text = rows(*lines, "OCO,,'>',nM", "OCCO,-999,'=',nM", head="smiles,p,Standard Relation,Standard Units")
+    m, said = convert(text, "labels=p:log M")
+    assert len(m) == 14 and np.isnan(m.label("p")).sum() == 1
+    assert "column Standard Units has nM" in said
+    assert "p: 1 of its numbers lie far from all others, such as -999: placeholders?" in said
+
+
 # --- what is refused ---
 
 
@@ -317,7 +327,7 @@ def test_a_standardised_label_is_refused(refused, convert):
         (FREESOLV, [EXPT, "smiles=SMILE"], 2, "no column 'SMILE'; there are: smiles, expt"),
         (FREESOLV.replace("smiles", "mol"), [EXPT], 2, "no column 'smiles'; there are: mol, expt"),
         (FREESOLV, [], 2, "which numbers? labels=NAME:UNIT,... of its columns: smiles, expt"),
-        (FREESOLV, ["targets=expt", "unit=kcal/mol"], 2, "are written labels=expt:kcal/mol here"),
+        (FREESOLV, ["targets=expt"], 2, "'targets=expt' is no key, usage: python data.py"),
         (FREESOLV, ["labels=expt"], 2, "write labels=NAME:UNIT"),
         (FREESOLV, [EXPT, "conformers=0"], 2, "conformers is 1 to 999, seed a number from 0"),
         (FREESOLV, [EXPT, "seed=x"], 2, "conformers is 1 to 999, seed a number from 0"),
@@ -336,6 +346,13 @@ def test_a_standardised_label_is_refused(refused, convert):
         (rows('C,"1', "CC,2"), ["labels=y:1"], 1, "line 3: unexpected end of data: is a quote open"),
         ("smiles,höhe\nC,1\n".encode("latin-1"), ["labels=höhe:m"], 2, "letters are not UTF-8"),
         (rows("C,1,nM", "CC,2,uM", head="smiles,y,Units"), ["labels=y:nM"], 1, "Units has nM, uM"),
+        (
+            rows("C,1,>", "CC,2,=", head="smiles,y,Standard Relation"),
+            ["labels=y:nM"],
+            1,
+            "Standard Relation has =, >: a bound is no",
+        ),
+        (rows("C,1,Ki", "CC,2,IC50", head="smiles,y,Standard Type"), ["labels=y:nM"], 1, "Standard Type has IC50, Ki"),
         (FREESOLV.replace("expt", "S (M)"), ["labels=S (M):mM"], 2, "the name S (M) says M"),
         ("", ["labels=y:eV"], 2, "no header, a first row of names"),
         ("smiles,y\n", ["labels=y:eV"], 2, "column y has no number"),

@@ -173,7 +173,7 @@ def test_molecules_from_an_sdf(runs, capsys):
             mol.SetProp("Lattice", "5 0 0 0 5 0 0 0 5")
             file.write(mol)
     predict.main([str(best), "in.SDF", "out.xyz"])
-    assert "carbon without any hydrogen: are they left out? (1 molecules)" in capsys.readouterr().out
+    assert "an atom with a free valence: are hydrogens left out? (1 molecules)" in capsys.readouterr().out
     found = io.read("out.xyz", ":")
     assert [len(atoms) for atoms in found] == [9, 12, 2]
     for k, atoms in enumerate(found):

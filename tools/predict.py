@@ -9,7 +9,6 @@ From an SDF or a csv a molecule keeps its id, the row or the place, and `given_<
 
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +57,8 @@ def read_molecules(source):
     from beyond.molnet import read_smiles  # here, since nothing else of this file needs it
 
     readers = {".sdf": read_sdf, ".csv": read_smiles, ".tsv": read_smiles}
-    read = readers.get(Path(source.lower().removesuffix(".gz")).suffix, partial(read_xyz, labelled=False))
+    kind = Path(re.sub(r"\.(gz|bz2|xz)$", "", source.lower())).suffix
+    read = readers.get(kind, read_xyz)
     with readable(source):
         molecules = list(read(Path(source)))
     for mol in molecules:
