@@ -164,8 +164,7 @@ def qm9_splits(num):
     if num != 130_831:
         print(f"  no splits: QM9's are of the 130,831 molecules that are not uncharacterized, these are {num:,}")
         return {}
-    sizes = {"train": 110_000, "val": 10_000, "test": None}
-    return dict(zip(sizes, split_indices(num, sizes.values())))
+    return dict(zip(("train", "val", "test"), split_indices(num, [110_000, 10_000, None]), strict=True))
 
 
 def choose(molecules, split, size, name, label=""):

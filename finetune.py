@@ -170,8 +170,7 @@ class Labels:
         self.names = self.name.split(",")
         self.raw = np.stack([molecules.label(name) for name in self.names], axis=1)  # (M, T)
         units = [molecules.units[name] for name in self.names]
-        # Table 2 has meV; energies of a trajectory keep the file's unit, as Tables 3, 4 and 10
-        shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]
+        shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]  # Tables 3, 4, 10: the file's
         self.unit = ",".join(units)
         self.shown = {"forces": f"{units[0]}/angstrom", "energy_per_atom": f"{shown[0]} per atom"}
         self.shown |= {"targets": shown[0] if len({*shown}) == 1 else "mean over units", **dict(zip(self.names, shown))}
@@ -187,6 +186,8 @@ class Labels:
         fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
         self.references = fit if has_references else np.zeros_like(fit)
         rest = self.raw[train] - counts @ self.references  # (M, T)
+        rows = zip(*np.linalg.svd(counts.T @ counts)[1:], strict=True)  # the fit is valid for what they span
+        self.span = [row.tolist() for size, row in rows if has_references and size > 1e-9 * counts.sum()]
         middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
         centred = head == "pooler" or {config.target, head}.isdisjoint([*HEAD_OF, *HEAD_OF.values()])  # may be below 0
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
@@ -195,7 +196,7 @@ class Labels:
             self.std = np.maximum(self.std, 1e-3 * forces.square().mean().sqrt().item())
         self.remark = "; ".join(f"mean {m:.6g}, scale {s:.4g} {u}" for m, s, u in zip(self.mean, self.std, units))
         self.remark += f", {'after fitted' if has_references else 'no'} atom references"
-        if has_references and np.linalg.matrix_rank(counts) < len(self.elements):
+        if 0 < len(self.span) < len(self.elements):
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
         elif not has_references and (grow := np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
             self.remark += f"; {', '.join(np.array(self.names)[grow])} grows with the molecule: try references=fit"
@@ -541,8 +542,8 @@ def finetune(config, run):
         if state["best_val"] is None or score(found, labels, config) < score(state["best_val"], labels, config):
             state.update(best_val=found, best_step=run.step)
             about = {"target": config.target, "name": labels.name, "unit": labels.unit, "head": model.kind}
-            about |= {"reduce": config.reduce, "elements": labels.elements, "step": run.step, "val": found}
-            content = {"schema": "georecon/1", "model": asdict(encoder.config), "property": about}
+            about |= {"reduce": config.reduce, "elements": labels.elements, "span": labels.span, "step": run.step}
+            content = {"schema": "georecon/1", "model": asdict(encoder.config), "property": about | {"val": found}}
             run.write("best.pt", content | {"state_dict": model_now.state_dict()})
         return score(found, labels, config)
 
@@ -550,18 +551,17 @@ def finetune(config, run):
         validate()
         if 0 in config.keep_steps:
             run.save()
-    (group,) = optimizer.param_groups
     for step, mine in run.steps():  # from last.pt's step to max_steps, or to a signal
         if config.lr_schedule != "plateau" or step < config.lr_warmup_steps:
-            group["lr"] = learning_rate(step, config)
-        losses, lr = train_step(net, mine, step, labels, config, device, run.world), group["lr"]
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        losses = train_step(net, mine, step, labels, config, device, run.world)
         if config.clip_norm:
             nn.utils.clip_grad_norm_(trained, config.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         if average:
             average.update_parameters(model)
-        run.record(losses, lr)
+        run.record(losses, optimizer.param_groups[0]["lr"])
         if run.validating:
             found = validate()
             if config.lr_schedule == "plateau" and run.step > config.lr_warmup_steps:

@@ -77,7 +77,8 @@ def test_another_molecule_has_its_own_forces(ethanol, best):
     water = ase.Atoms("OH2", [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]], calculator=ethanol.calc)
     alone = water.copy()
     alone.calc = GeoReconCalculator(best)
-    assert np.allclose(water.get_forces(), alone.get_forces())
+    with pytest.warns(match="OH2: an unknown constant is in its energy"):
+        assert np.allclose(water.get_forces(), alone.get_forces())
 
 
 def test_what_it_cannot_do_is_said(ethanol, tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -132,6 +133,22 @@ def test_a_molecule_with_an_untrained_element_is_left_out(runs, capsys):
         "left out: in.xyz: molecule 1: the model was trained on no molecule with element 16" in capsys.readouterr().out
     )
     assert [atoms.symbols[0] for atoms in io.read("out.xyz", ":")] == ["O", "O"]
+
+
+def test_an_energy_with_an_unknown_constant_is_told(runs, capsys):
+    """Ethanol alone does not tell the references of its elements apart; QM9's molecules do."""
+    places = [[0, 0, 0], [0, 0, 0.96], [0.93, 0, -0.24]]
+    part = Molecules(ETHANOL).read([7])
+    ethanol = ase.Atoms(part["z"].numpy(), part["pos"].numpy())
+    io.write("in.xyz", [ase.Atoms("OHH", places), ethanol, *[ethanol + ase.Atoms("OHH", np.add(places, 9))]])
+    predict.main([str(runs / "forces/best.pt"), "in.xyz", "out.xyz"])
+    said = capsys.readouterr().out
+    remark = "an unknown constant is in its energy: training had no such composition"
+    assert [f"molecule {k}: {remark}" in said for k in range(3)] == [True, False, True]
+    config = finetune.FinetuneConfig(target="U0")
+    labels = finetune.Labels(config, Molecules(QM9), np.arange(500), {}, 100)
+    assert len(labels.span) == len(labels.elements) == 5
+    assert not predict.offset({"span": labels.span}, np.array([8, 1, 1]))
 
 
 def test_broken_geometries_are_refused(runs):

@@ -1,11 +1,13 @@
 """An ASE calculator over a fine-tuned checkpoint, in eV and eV/angstrom."""
 
+import warnings
+
 import torch
 
 from finetune import load_property_model
 from formats.schema import flaw
 from harness.errors import InputError, explain, need
-from tools.predict import IN_EV, predict_molecule
+from tools.predict import IN_EV, offset, predict_molecule
 
 ase = need("ase.calculators.calculator", "the calculator")
 
@@ -39,4 +41,6 @@ class GeoReconCalculator(ase.Calculator):
         z = torch.as_tensor(self.atoms.numbers, device=self.device).long()
         pos = torch.as_tensor(self.atoms.positions, device=self.device)
         energy, forces = predict_molecule(self.model, self.about, z, pos)
+        if remark := offset(self.about, self.atoms.numbers):
+            warnings.warn(f"{self.atoms.symbols}: {remark}", stacklevel=2)
         self.results = {"energy": energy, "free_energy": energy, "forces": forces}

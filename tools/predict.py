@@ -32,6 +32,15 @@ def untrained(about, z):
     return f"the model was trained on no molecule with element {min(strange)}" if strange else ""
 
 
+def offset(about, z):
+    """A remark on the elements z (n,), if their references could not be fitted to such a composition; else ""."""
+    if not (span := np.array(about.get("span", []))).size:  # (r, max_z)
+        return ""
+    counts = np.bincount(z.tolist(), minlength=span.shape[1])
+    inside = np.abs(counts - counts @ span.T @ span).max() < 1e-3
+    return "" if inside else "an unknown constant is in its energy: training had no such composition"
+
+
 def predict_molecule(model, about, z, pos):
     """One molecule, z (n,) and pos (n, 3) on the model's device -> value, forces (n, 3) or None.
 
@@ -57,8 +66,7 @@ def read_molecules(source):
     from beyond.molnet import read_smiles  # here, since nothing else of this file needs it
 
     readers = {".sdf": read_sdf, ".csv": read_smiles, ".tsv": read_smiles}
-    kind = Path(re.sub(r"\.(gz|bz2|xz)$", "", source.lower())).suffix
-    read = readers.get(kind, read_xyz)
+    read = readers.get(Path(re.sub(r"\.(gz|bz2|xz)$", "", source.lower())).suffix, read_xyz)
     with readable(source):
         molecules = list(read(Path(source)))
     for mol in molecules:
@@ -92,6 +100,8 @@ def predict(checkpoint, source, out):
             print(f"  left out: {where}: {why}")
             continue
         z, pos = torch.from_numpy(mol["z"]).long(), torch.from_numpy(mol["pos"])
+        if remark := offset(about, mol["z"]):
+            print(f"  {where}: {remark}")
         with explain(where, InputError):
             value, forces = predict_molecule(model, about, z, pos)
         known = {name: tag for name, tag in mol.get("tags", {}).items() if name in keys}
