@@ -77,11 +77,11 @@ class Columns:
         low, middle, high = np.quantile(size, (0.25, 0.5, 0.75))
         far = (np.abs(size - middle) > 100 * (high - low)) & (high > low)
         found = {"an energy far from all others: a placeholder?": far.sum()}
-        for other in (other for other, one in HARTREE.items() if other != unit and 0.95 < middle / one < 1.05):
-            found[f"an energy like that of all electrons in {other}: is it in {unit}?"] = len(size)
-        if 1.2 < self.nearest < np.inf:  # a bond with hydrogen is shorter
-            found["no two atoms closer than 1.2 Å: are these bohr?"] = min(100, self.num_molecules)
-        return found
+        for other in HARTREE if unit in HARTREE else ():
+            if other != unit and 0.95 < middle / HARTREE[other] < 1.05:
+                found[f"an energy like that of all electrons in {other}: is it in {unit}?"] = len(size)
+        bohr = 1.2 < self.nearest < np.inf  # a bond with hydrogen is shorter
+        return found | {"no two atoms closer than 1.2 Å: are these bohr?": bohr * min(100, self.num_molecules)}
 
     def assemble(self, path, attrs, units, rows=1 << 20):
         """Write the file, a million rows at a time."""
