@@ -189,7 +189,7 @@ class Labels:
         rows = zip(*np.linalg.svd(counts.T @ counts)[1:], strict=True)  # the fit is valid for what they span
         self.span = [row.tolist() for size, row in rows if has_references and size > 1e-9 * counts.sum()]
         middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
-        centred = head == "pooler" or {config.target, head}.isdisjoint([*HEAD_OF, *HEAD_OF.values()])  # may be below 0
+        centred = head == "pooler" or not (config.target in HEAD_OF or head in HEAD_OF.values())  # may be below 0
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()

@@ -658,6 +658,8 @@ def test_labels_of_a_head_that_is_never_negative_keep_their_mean(tiny):
         labels = Labels(replace(config, head=head), molecules, np.arange(100), {}, 100)
         y = labels.standardised(molecules.read(range(100)), np.arange(100))
         assert (y > 0).all() == positive, head
+    molecules.label, molecules.units["dipole"] = lambda name: Molecules(QM9).label("gap"), "D"  # named as a head is
+    assert Labels(replace(config, target="dipole", head="scalar"), molecules, np.arange(100), {}, 100).mean > 0
 
 
 def test_the_unit_of_a_label_whose_name_is_like_an_error(tiny):
