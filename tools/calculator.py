@@ -41,6 +41,6 @@ class GeoReconCalculator(ase.Calculator):
         z = torch.as_tensor(self.atoms.numbers, device=self.device).long()
         pos = torch.as_tensor(self.atoms.positions, device=self.device)
         energy, forces = predict_molecule(self.model, self.about, z, pos)
-        if remark := offset(self.about, self.atoms.numbers):
+        if "numbers" in system_changes and (remark := offset(self.about, self.atoms.numbers)):
             warnings.warn(f"{self.atoms.symbols}: {remark}", stacklevel=2)
         self.results = {"energy": energy, "free_energy": energy, "forces": forces}
