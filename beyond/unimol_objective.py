@@ -22,6 +22,8 @@ stay; the clean pass has neither MASK nor moved atoms; the decoder is below.
 `decoder_graph_emb: false` is its control without g.
 """
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from torch import nn
@@ -175,9 +177,10 @@ class UniMolPretraining(nn.Module):
         told = f"objective = {config.objective}"
         if not isinstance(encoder, UniMol):
             raise InputError(f"{told}: it needs model.backbone=unimol", code=2)
-        for key, default in (("rec_target", "scaled"), ("pooling", "mean"), ("decoder_vec", True)):
-            if getattr(config, key) != default:
-                raise InputError(f"{told}: {key} is not for it, leave it out", code=2)
+        for known in fields(config):
+            unread = known.name in ("rec_target", "pooling", "decoder_vec")
+            if unread and getattr(config, known.name) != known.default:
+                raise InputError(f"{told}: {known.name} is not for it, leave it out", code=2)
         self.config = config  # keys: objective position_noise_scale; rec: alpha w_rec w_clean decoder_*
         channels, num_heads = config.model.embedding_dimension, config.model.num_heads
         self.encoder = encoder

@@ -13,11 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from formats.schema import SCHEMA, flaw, pairs, read_contents
-from formats.sources import SOURCES, SYMBOLS, credit, parse_labels, read_source, stem, with_labels
+from formats.sources import HAR2EV, SOURCES, SYMBOLS, credit, parse_labels, read_source, stem, with_labels
 from harness.errors import InputError
 from harness.files import check_file, check_new, sha256
 
-HARTREE = {"hartree": 1.0, "eV": 27.211386, "kcal/mol": 627.5095, "kJ/mol": 2625.5}
+HARTREE = {"hartree": 1.0, "eV": HAR2EV, "kcal/mol": 627.5095, "kJ/mol": 2625.5}
 DTYPES = {"z": "uint8", "pos": "float32", "forces": "float32", "id": "int64", "ptr": "int64"}
 
 
