@@ -13,8 +13,7 @@ def seeds(numbers, runs):
 WIDE = "pretrain.py configs/pcqm.yaml data=data/qm9.h5 val_size=1000 max_steps=3000 log_every=50"
 WIDE = f"{WIDE} lr_warmup_steps=300 lr_cosine_length=3000 val_every=250 num_workers=2".split()
 
-# fine-tuning of 64-channel encoders
-SMALL = "num_workers=0 log_every=50 lr=1e-3 lr_schedule=cosine inference_batch_size=100 lr_min=1e-6"
+SMALL = "num_workers=0 log_every=50 lr=1e-3 lr_schedule=cosine inference_batch_size=100 lr_min=1e-6"  # of 64 channels
 SMALL += " model.embedding_dimension=64 model.num_layers=4 model.num_rbf=32"
 SMALL = f"{SMALL} model.x_norm_layer=true model.vec_norm_layer=rms model.vec_norm_out=rms".split()
 
@@ -39,10 +38,9 @@ def probe(target, *more):
     return [*f"finetune.py configs/probe_qm9.yaml target={target} {parts}".split(), *more]
 
 
-# objective or architecture: norms of Coord's public code, ours, those of GeoRecon's likely parent
+# norms of Coord's public code, ours, those of GeoRecon's likely parent
 PUBLIC = ["model.x_norm_layer=false", "model.vec_norm_layer=none", "model.vec_norm_out=whiten"]
-WHITEN = ["model.vec_norm_layer=whiten", "model.vec_norm_out=whiten"]
-NORMS = {"public": PUBLIC, "rms": [], "whiten": WHITEN}
+NORMS = {"public": PUBLIC, "rms": [], "whiten": ["model.vec_norm_layer=whiten", "model.vec_norm_out=whiten"]}
 
 
 def pretrain(*more, steps=3000, kept=None):
@@ -59,8 +57,8 @@ CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
 WIDTH = ["model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
-UNTRAINED = {n: ["objective=coord", *WIDTH, *NORMS[n]] for n in ("public", "rms")}
-UNTRAINED = {f"untrained_{n}_256": pretrain(*more, steps=1, kept=(0,)) for n, more in UNTRAINED.items()}
+WIDTH = {f"{n}_256": ["objective=coord", *WIDTH, *NORMS[n]] for n in ("public", "rms")}
+UNTRAINED = {f"untrained_{n}": pretrain(*more, steps=1, kept=(0,)) for n, more in WIDTH.items()}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT
 ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
@@ -101,10 +99,9 @@ FACTORS = {
     "w_rec3": pretrain("w_rec=3"),
     **{f"{kind}_pooling": pretrain(f"pooling={kind}") for kind in ("sum", "attention")},
     **{f"thermal{name}": pretrain("data=data/md17_aspirin.h5", *more.split()) for name, more in THERMAL.items()},
-    # together what helped; and Coord with the noise of alpha = 3: is it the noise alone?
-    "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),
+    "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),  # together what helped
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
-    "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),
+    "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),  # is it the noise of alpha = 3 alone?
 }
 # is the rough embedding the clean loss's? Of alpha, is it the noise, or the weight, alpha^2 w_rec?
 WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
@@ -129,11 +126,15 @@ TABLE10 = {o: [*TABLE10, f"objective={o}"] for o in OBJECTIVES}
 HOT = ["finetune.py", "configs/3bpa.yaml", "compile=true", "test_split=test_300K,test_600K,test_1200K_reduced"]
 HOT = {"3bpa": HOT, "3bpa-clipped": [*HOT, "clip_norm=10"]}  # a first gradient may be 1e5
 HOT_STARTS = {o: f"table10/{o}" for o in OBJECTIVES} | {"untrained": "table10/coord"}
+# Table 3 at the paper's size and length; PCQM4Mv2 could not be had, so it is pretrained on QM9, for 3,000 steps of 32
+LARGER = ["model.embedding_dimension=128", "model.num_layers=6", *PUBLIC[:2]]
+TABLE3 = {o: pretrain(f"objective={o}", *LARGER, kept=(0,)) for o in OBJECTIVES[:2]}
+MD17 = {"malonaldehyde": ["finetune.py", "configs/md17_malonaldehyde.yaml", "compile=true", "num_workers=0"]}
+MD17_STARTS = {o: f"table3/{o}" for o in TABLE3} | {"untrained": "table3/coord"}
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
     "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
-    # the same at the paper's width and batch, on QM9 instead of PCQM4Mv2. Minutes on a large GPU
-    "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),
+    "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),  # at the paper's width
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
     "output_norm": seeds((1, 2, 3), OUTPUT) | seeds((1,), UNTRAINED),
     "family": seeds((1, 2, 3), FAMILY | NETWORKS),  # the denoising family on equal footing
@@ -141,6 +142,7 @@ STUDIES = {
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "family_weights": seeds((1, 2, 3), WEIGHTS),
     "table10": seeds((1, 2, 3), TABLE10) | from_own_seed(HOT, HOT_STARTS, (1, 2, 3)),
+    "table3": seeds((1, 2, 3), TABLE3) | from_own_seed(MD17, MD17_STARTS, (1, 2, 3)),
     "speedrun": seeds((1,), SPEEDRUN),
     "unimol": seeds((1, 2, 3), UNIMOL | {"unimol_rec_no_g": [*UNIMOL["unimol_rec"], "decoder_graph_emb=false"]}),
     "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),
@@ -152,8 +154,7 @@ STUDIES = {
     "precision": seeds((1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}),
     "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help there? Needs graph_embedding
 }
-# arms of other studies that a study is to be compared with
-EQUAL_ARMS = ("coord_rms", "georecon_rms")
+EQUAL_ARMS = ("coord_rms", "georecon_rms")  # arms of other studies that a study is to be compared with
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
 BESIDE["family_long"] = {"control_long": ("georecon_rms",)}
 BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
@@ -175,11 +176,10 @@ def analyses(study, run):
     steps = [f"{out}/step_{step}.pt" for step in given["keep_steps"].split(",")]
     if study == "table10":  # its config names the data; its last weights are in encoder.pt
         data, steps = ["data=data/3bpa.h5", "split=test_300K"], [*steps, f"{out}/encoder.pt"]
-    few = [*data, "num_molecules=32", "iterations=15"]
 
     def llc(place, checkpoints, *how):
-        command = ["lipschitz.py", *checkpoints, *few, *how, f"out_dir={out}/{place}"]
-        return command, f"{out}/{place}/lipschitz.json", "summary"
+        few = [*data, "num_molecules=32", "iterations=15", *how, f"out_dir={out}/{place}"]
+        return ["lipschitz.py", *checkpoints, *few], f"{out}/{place}/lipschitz.json", "summary"
 
     if study in READ:
         readings = READINGS if study == "output_norm" else READINGS[:1]
