@@ -85,7 +85,7 @@ class PretrainConfig:
     lr_min: float = setting(1e-7, low=0)
     lr_warmup_steps: int = setting(10_000, low=0)
     lr_cosine_length: int = setting(400_000, low=1)
-    precision: str = setting("32", choices=("32", "bf16"))  # bf16: the products of the linear layers alone
+    precision: str = setting("32", choices=("32", "tf32", "bf16"))  # of linear layers' products; tf32: on a GPU alone
 
     inference_batch_size: int = setting(70, low=1)
     num_workers: int = setting(0, low=0)  # loader processes a rank; 0: read in the training process
@@ -265,10 +265,11 @@ def train_step(net, parts, step, config, device, world):
 
 def validation_batches(molecules, index, size, extra=0):
     """The validation molecules in batches. A molecule gets the same noise in every run, whatever the settings."""
-    parts = np.array_split(index, math.ceil(len(index) / size))  # in random order: neighbours in a file are alike
-    noises = [normal_of_each(molecules, part, VAL, extra=extra) for part in parts]
-    pairs = zip(parts, noises, strict=True)
-    return [{**molecules.read(part), "noise": noise, "num_molecules": len(part)} for part, noise in pairs]
+    batches = []
+    for part in np.array_split(index, math.ceil(len(index) / size)):  # in random order: neighbours in a file are alike
+        noise = normal_of_each(molecules, part, VAL, extra=extra)
+        batches.append({**molecules.read(part), "noise": noise, "num_molecules": len(part)})
+    return batches
 
 
 @torch.no_grad()
@@ -304,6 +305,9 @@ def objective_of(config):
 
 def make_model(config, device):
     torch.manual_seed(config.seed)
+    if config.precision == "tf32" and device.type == "cpu":
+        raise InputError("precision = tf32: products of a GPU, this is a CPU: set 32 or bf16", code=2)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     with explain("a model of this size cannot be made", RuntimeError):
         model = objective_of(config)(new_encoder(config.model), config).to(device)
     if config.compile:
@@ -362,14 +366,10 @@ def pretrain(config, run):
             save()
 
     run.say("\n".join(report(found["first_val"], found["last_val"])))
-    run.finish(
-        val=found["last_val"],
-        val_start=found["first_val"],
-        units=dict.fromkeys(found["last_val"], getattr(model, "unit", "as the objective has it")),
-        objective=config.objective,
-        parameters=num_parameters(model),
-        parameters_encoder=num_parameters(model.encoder),
-    )
+    units = dict.fromkeys(found["last_val"], getattr(model, "unit", "as the objective has it"))
+    sizes = {"parameters": num_parameters(model), "parameters_encoder": num_parameters(model.encoder)}
+    figures = {"val": found["last_val"], "val_start": found["first_val"], "units": units}
+    run.finish(**figures, objective=config.objective, **sizes)
 
 
 def main(arguments):

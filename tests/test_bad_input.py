@@ -474,7 +474,7 @@ CASES = [
     ("finetune", ["e.yaml", "freeze_encoder=true"], 2, "freeze_encoder = true"),
     ("pretrain", ["p.yaml", "objective=rec"], 2, "one of georecon"),
     ("pretrain", ["p.yaml", "pooling=max"], 2, "one of mean"),
-    ("pretrain", ["p.yaml", "precision=16"], 2, "one of 32, bf16"),
+    ("pretrain", ["p.yaml", "precision=16"], 2, "one of 32, tf32, bf16"),
     ("pretrain", ["p.yaml", "decoder_layers=0", "decoder_vec=false"], 2, "a direction"),
     ("pretrain", ["p.yaml", "split=west"], 2, "no such split"),
     ("pretrain", ["p.yaml", "target=gap"], 2, "unknown key target"),

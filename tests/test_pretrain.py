@@ -147,6 +147,16 @@ def test_other_objectives_run(tiny, objective):
     assert ("loss_rec" in last) == (objective == "rec_only") and np.isfinite(last["loss"])
 
 
+def test_tf32_is_a_gpus_and_only_where_it_is_asked_for(tiny):
+    config, before = load_config(PretrainConfig, [str(tiny)]), torch.get_float32_matmul_precision()
+    for precision, told in (("tf32", "high"), ("32", "highest")):
+        pretrain.make_model(replace(config, precision=precision), torch.device("meta"))
+        assert torch.get_float32_matmul_precision() == told
+    with pytest.raises(InputError, match="this is a CPU: set 32 or bf16"):
+        pretrain.make_model(replace(config, precision="tf32"), torch.device("cpu"))
+    torch.set_float32_matmul_precision(before)
+
+
 def test_it_learns(tiny):
     """Noise and rec terms fall on molecules that were not trained on; the clean term stays small."""
     pretrain.main([str(tiny), "max_steps=300", "lr=3e-3", "lr_cosine_length=300", "log_every=100", "val_every=300"])
