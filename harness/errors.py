@@ -73,8 +73,8 @@ def cli(main, usage=None, needed=0):
     except UnicodeEncodeError as error:
         said, code = f"{error.object!r} cannot be written as UTF-8: rename that file", 1
     except OSError as error:  # the output cannot be written: a full disk, a closed pipe
-        where = getattr(error, "filename", None) or "standard output"
-        said, code = f"{where}: {getattr(error, 'strerror', None) or error}", 1
+        where = error.filename or "standard output"
+        said, code = f"{where}: {error.strerror or error}", 1
         mute()
     except KeyboardInterrupt:
         said, code = "interrupted", 130

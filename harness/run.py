@@ -97,7 +97,7 @@ class Run:
         barrier()  # every rank has looked at the folder before rank 0 writes to it
         if self.rank == 0:
             self.lock = claim_folder(config, None if self.is_new else self.step)
-        self.log = Log(self.folder / "log.jsonl", self.step, config.max_steps, active=self.rank == 0)
+        self.log = Log(self.folder / "log.jsonl", self.step, config.max_steps, self.rank == 0)
         self.say = self.log.say
         self.say("\n".join(lines))
         name = self.made_by["device"] if self.device.type == "cuda" else f"{self.made_by['threads']} CPU threads"
@@ -119,8 +119,7 @@ class Run:
             yield step, parts
             if self.stop and self.step < self.config.max_steps:
                 self.end_early()
-            if not self.window:  # neither validating nor saving counts as training
-                self.window_began = time.perf_counter()
+            self.window_began += time.perf_counter() - self.recorded  # neither validating nor saving is training
         self.release_signals()
 
     def record(self, losses, lr):
@@ -140,7 +139,8 @@ class Run:
             elapsed = max(time.perf_counter() - self.window_began, 1e-9)
             rate = round(len(self.window) * config.batch_size / elapsed, 1)
             self.log.write({"step": step, "split": "train", **means, "lr": lr, "molecules_per_s": rate})
-            self.window = []
+            self.window, self.window_began = [], time.perf_counter()
+        self.recorded = time.perf_counter()
 
     def finite_means(self, names):
         """Mean losses by name since the last logged step. If one is not finite, stop and name its step."""

@@ -119,8 +119,8 @@ def override(settings, arguments):
 def load_config(kind, arguments):
     """`CONFIG.yaml [key=value ...]` -> the dataclass kind."""
     settings = override(read_yaml(arguments[0]), arguments[1:])
-    for key in settings.keys() & {"data", "out_dir", "init_from"}:
-        settings[key] = os.path.expanduser(os.path.expandvars(str(settings[key])))  # ~ and $VAR
+    for key in (key for key in ("data", "out_dir", "init_from") if isinstance(settings.get(key), str)):
+        settings[key] = os.path.expanduser(os.path.expandvars(settings[key]))  # ~ and $VAR
     config, home = build_config(kind, settings), Path(arguments[0]).parent
     config = config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))
     if config.resume and (home / "last.pt").exists() and home.resolve() != Path(config.out_dir).resolve():
@@ -138,7 +138,7 @@ def check_data(path, data):
     """Refuse a missing data file by naming the command that makes it, from the header of the config or of its base."""
     text = Path(path).read_text(encoding="utf-8")
     if base := re.search(r"^base: *(\S+)", text, re.M):
-        text += Path(path).with_name(base[1]).read_text(encoding="utf-8")
+        text += (Path(path).parent / base[1].strip("'\"")).read_text(encoding="utf-8")
     told = re.search(rf"^# data: +(.*{re.escape(data)})$", text, re.M)
     if data and told and not os.path.exists(data):
         raise InputError(f"{data}: no such file: make it with `{told[1]}`")

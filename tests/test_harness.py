@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ BAD_YAML = [
     ("base: tiny.yaml\n", "cannot have a base itself"),
     ("model: 3\n", "mapping"),
     ("lr: null\n", "must be float"),
+    ("out_dir:\n", "must be str"),
     ("lr: {a: 1}\n", "must be float"),
     ("\x00", "not valid yaml"),
 ]
@@ -50,6 +52,34 @@ def test_a_bad_yaml_is_one_line(tiny, text, message):
     with pytest.raises(InputError) as error:
         pretrain.main([str(tiny)])
     assert message in str(error.value) and "\n" not in str(error.value) and error.value.code == 2
+
+
+def test_a_base_may_be_in_another_folder_or_quoted(tiny):
+    Path("base.yaml").write_text("# data:    python data.py md17 a.npz nowhere.h5\nlr: 2\n")
+    Path("mine").mkdir()
+    for base in ("../base.yaml", str(Path("base.yaml").resolve()), '"../base.yaml"'):
+        Path("mine/run.yaml").write_text(f"base: {base}\ndata: nowhere.h5\n")
+        assert load_config(PretrainConfig, ["mine/run.yaml"]).lr == 2
+        with pytest.raises(InputError, match=r"make it with `python data.py md17 a.npz nowhere.h5`"):
+            pretrain.main(["mine/run.yaml"])
+
+
+def test_the_rate_is_that_of_training(tiny, monkeypatch):
+    """A step takes a second here. Validating and saving take a hundred, and are no part of it, wherever they fall."""
+    clock = [0.0]
+
+    def taking(seconds, function):
+        def timed(*arguments):
+            clock[0] += seconds
+            return function(*arguments)
+
+        return timed
+
+    monkeypatch.setattr("harness.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for name, seconds in {"train_step": 1, "evaluate": 100, "save_encoder": 100}.items():
+        monkeypatch.setattr(pretrain, name, taking(seconds, getattr(pretrain, name)))
+    pretrain.main([str(tiny), "max_steps=12", "log_every=4", "val_every=3", "save_every=5"])
+    assert [record["molecules_per_s"] for record in read_log("out/tiny")] == [8.0, 8.0, 8.0]
 
 
 def test_exit_codes_and_no_traceback(tiny):
