@@ -110,7 +110,7 @@ class FinetuneConfig:
 
 
 def learning_rate(step, config):
-    """`cosine` of pretrain.py, or `cosine_warmup`: cosines of length T, 2 T, 4 T, ... after a linear warm-up."""
+    """`cosine` of pretrain.py, or `cosine_warmup`: cosines of length T, 2 T, ...; warm-up replaces the start."""
     if config.lr_schedule == "cosine" or step < config.lr_warmup_steps:
         return cosine_rate(step, config)
     cycle = (step // config.lr_cosine_length + 1).bit_length() - 1
@@ -123,9 +123,9 @@ def learning_rate(step, config):
 
 def split_data(config, molecules):
     """-> indices to train and to validate, {name: indices} of test sets; disjoint, with known labels."""
-    label, sizes, parts = config.target, {"train": config.train_size}, {}  # sizes: from the pool
+    label, sizes, parts = config.target, {"train": config.train_size}, {}  # sizes: of the parts drawn from pool
     pool = molecules.split(config.train_split, label)
-    lone = np.diff(molecules.ptr)[pool] == 1  # isolated atoms fix the references of the elements: all of them train
+    lone = np.diff(molecules.ptr)[pool] == 1  # isolated atoms always train: tested, their offset would be all error
     pool, atoms = pool[~lone], pool[lone]
     if config.val_split in ("", config.train_split):
         sizes["val"] = config.val_size
@@ -170,15 +170,13 @@ class Labels:
         self.names = self.name.split(",")
         self.raw = np.stack([molecules.label(name) for name in self.names], axis=1)  # (M, T)
         units = [molecules.units[name] for name in self.names]
-        shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]  # Tables 3, 4, 10: the file's
+        shown = ["meV" if unit == "eV" and not self.forces else unit for unit in units]  # with forces: as in the file
         self.unit = ",".join(units)
         self.shown = {"forces": f"{units[0]}/angstrom", "energy_per_atom": f"{shown[0]} per atom"}
         self.shown |= {"targets": shown[0] if len({*shown}) == 1 else "mean over units", **dict(zip(self.names, shown))}
         self.scale = np.array([1.0 if new == unit else 1000.0 for new, unit in zip(shown, units)])  # (T,)
         if not (np.abs(self.raw[np.concatenate([train, *others.values()])]) < 1e30).all():
             raise InputError(f"{molecules.path}: {self.name} is not finite everywhere: look at it with data.py info")
-        if (head := head_of(config)) in HEAD_OF.values() and (len(self.names) > 1 or (self.raw[train] < 0).any()):
-            raise InputError(f"{self.name}: head={head} is for one target, never below 0: set head=scalar", code=2)
         self.molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,)
         counts = molecules.composition(train, max_z, self.forces)  # (M, max_z)
         self.elements = np.flatnonzero(counts.sum(0)).tolist()
@@ -186,10 +184,12 @@ class Labels:
         fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
         self.references = fit if has_references else np.zeros_like(fit)
         rest = self.raw[train] - counts @ self.references  # (M, T)
-        rows = zip(*np.linalg.svd(counts.T @ counts)[1:], strict=True)  # the fit is valid for what they span
-        self.span = [row.tolist() for size, row in rows if has_references and size > 1e-9 * counts.sum()]
+        if (head := head_of(config)) in HEAD_OF.values() and (len(self.names) > 1 or (rest < 0).any()):
+            raise InputError(f"{self.name}: head={head} is for one target, never below 0: set head=scalar", code=2)
+        _, sizes, rows = np.linalg.svd(counts.T @ counts)  # the fit is valid for compositions that rows span
+        self.span = [row.tolist() for s, row in zip(sizes, rows) if has_references and s > 1e-9 * counts.sum()]
         middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
-        centred = head == "pooler" or not (config.target in HEAD_OF or head in HEAD_OF.values())  # may be below 0
+        centred = head == "pooler" or not (config.target in HEAD_OF or head in HEAD_OF.values())  # else y stays >= 0
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
@@ -235,7 +235,7 @@ class PropertyModel(nn.Module):
         self.compiled, self.multiple = None, 1  # by compile_derivative
         self.encoder = encoder
         self.head = pkgutil.resolve_name(HEADS[head])(encoder.config.embedding_dimension, *np.shape(mean))
-        for name, value in {"references": references, "mean": mean, "std": std}.items():  # (max_z,), (), ()
+        for name, value in {"references": references, "mean": mean, "std": std}.items():  # (max_z[, T]), ([T]), ([T])
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
 
     def predict(self, pos, z, batch, num_molecules, edge_index=None):
@@ -340,11 +340,12 @@ def load_property_model(path, device="cpu"):
 
 
 def check_best(path, step, state, target):
-    """Refuse to resume if best.pt is of another run. After a kill it may be of a later step than last.pt."""
+    """Refuse to resume if best.pt is of another run -> its figures, which after a kill may be of a later step."""
     about = load_property_model(path)[1]
     same = about["target"] == target and about["val"].keys() == state["best_val"].keys()
     if not same or about["step"] <= step and (about["step"], about["val"]) != (state["best_step"], state["best_val"]):
         raise InputError(f"{path} is of another run than last.pt: bring its own back")
+    return {"best_val": about["val"], "best_step": about["step"]}
 
 
 # ---------------------------------------------------------------- evaluation
@@ -520,8 +521,7 @@ def finetune(config, run):
     state["init_sha256"] = sha256(config.init_from) if run.is_new and config.init_from else None
     run.restore(config, batches, state, LAST, state_dict=module, optimizer=optimizer, average=average)
     plateau.load_state_dict(state["plateau"])
-    if not run.is_new:
-        check_best(run.folder / "best.pt", run.step, state, config.target)
+    state.update({} if run.is_new else check_best(run.folder / "best.pt", run.step, state, config.target))
     run.begin(
         f"{config.target} on {config.data}: {', '.join(f'{len(index):,} {name}' for name, index in parts.items())}",
         *(["drawn at random, not by the file's own splits"] if molecules.splits and not config.train_split else []),

@@ -454,7 +454,7 @@ def test_split_data(tmp_path):
 
 
 def test_isolated_atoms_train(tmp_path):
-    """They fix the references of the elements; in a test set an offset of eV would be all of the error."""
+    """In a test set their offset of eV would be all of the error."""
     z, pos = np.array([8, 1, 1]), np.array([[0, 0, 0.12], [0, 0.76, -0.48], [0, -0.76, -0.48]])
     water = [{"z": z, "pos": pos * (1 + k / 1000), "labels": {"energy": -2076.0 - k}} for k in range(20)]
     atoms = [{"z": z[k : k + 1], "pos": pos[:1] * 0, "labels": {"energy": -13.6 * z[k] ** 2}} for k in (0, 1)]
@@ -592,6 +592,7 @@ def test_mu_and_r2_have_heads_of_their_own(tiny, target, head):
     torch.testing.assert_close(y, turned, rtol=1e-9, atol=1e-12)
     plain = load_property_model(start("gap", f"target={target}", "head=scalar", out="out/plain") / "best.pt")
     assert plain[1]["head"] == "scalar"
+    fails(["gap.yaml", f"target={target}", "references=fit", "out_dir=out/fit"], f"head={head} is for one target")
 
 
 def test_the_probe_trains_one_linear_layer(tiny, monkeypatch):
@@ -801,6 +802,29 @@ def test_compiled_equals_uncompiled(tiny, name):
     start(name, "compile=true", "max_steps=2", out="out/again")
     start(name, "compile=true", "resume=true", out="out/again")
     assert same_bits("out/compiled/last.pt", "out/again/last.pt")
+
+
+def test_the_best_of_a_killed_run_is_taken_over(tiny, monkeypatch):
+    """best.pt is of step 6, last.pt of step 4. Gone on without validating at 6, the run can be resumed once more."""
+    step, left = finetune.train_step, [7]
+
+    def stop(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(finetune, "train_step", stop)
+    often = ["max_steps=12", "save_every=4", "lr=1e-4"]
+    with pytest.raises(KeyboardInterrupt):
+        start("gap", *often, "val_every=2")
+    assert load_property_model("out/gap/best.pt")[1]["step"] == 6
+    left[0] = 4  # up to step 8, which is saved
+    with pytest.raises(KeyboardInterrupt):
+        start("gap", *often, "val_every=12", "resume=true")
+    left[0] = 12
+    start("gap", *often, "val_every=12", "resume=true")
+    assert json.loads(Path("out/gap/metrics.json").read_text())["best_step"] in (6, 12)
 
 
 def test_a_run_stopped_between_two_files_goes_on(tiny, monkeypatch):
