@@ -87,7 +87,7 @@ class Molecules:
         return explain(f"{self.path}: dataset {name} is damaged, convert it again", OSError, RuntimeError)
 
     def check_elements(self, index, max_z):
-        """Refuse, before hours of work, molecules with an element that a model below max_z does not know."""
+        """Refuse, before hours of work, molecules with an element that max_z leaves out."""
         z = self._atoms("z", np.uint8, [(0, int(self.ptr[-1]))])
         highest = np.maximum.reduceat(z, self.ptr[:-1])[index].max()
         if max_z <= highest <= 118:  # reading refuses what is no element
@@ -168,7 +168,7 @@ def qm9_splits(num):
 
 
 def choose(molecules, split, size, name, label=""):
-    """Draw size molecules (0: all; name: its setting) of a split, the same for every seed."""
+    """Draw size molecules (0: all) of a split, the same for every seed. name is the setting that gave size."""
     index = molecules.split(split, label)
     if max(size, 1) > len(index):
         where = f"{split or molecules.path}{label and f', {label} known'}"

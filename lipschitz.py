@@ -201,9 +201,9 @@ def measure(encoder, molecules, index, config, device):
     encoder = encoder.double().eval().requires_grad_(False).to(device)
     parts = list(batches(molecules, index, config, device))
     h, size = embed(config.of, encoder, parts)
-    known = h[h.isfinite().all(1)]  # one without does not hide how the others differ
+    known = h[h.isfinite().all(1)]  # rows that are not finite must not spoil std
     std = known.std(0) if len(known) > 1 else torch.zeros_like(h[0])
-    std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # channels that vary count
+    std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # a constant channel counts as 0
     norms = [constants(encoder, part, std, config) for part in parts]
     norms = {step: torch.cat([part[step] for part in norms]) for step in norms[0]}  # (M, 2)
     last = list(norms.values())[-1]
@@ -259,7 +259,7 @@ def mean_curve(found):
 
 
 def summarise(found):
-    """Of one encoder: of each kind of LLC median, p95, max, and the mean curve of Fig. 2."""
+    """Of one encoder: median, p95 and max of each kind of LLC, and the mean curve of Fig. 2."""
     kinds = {"llc": list(found["llc"].values())[-1]}
     kinds |= {name: found[name] for name in ("llc_by_norm", "llc_standardised", "norm")}
     kinds |= {f"llc_{step}": values for step, values in found["llc"].items()}
@@ -280,7 +280,7 @@ def table(results):
 
 
 def draw(results, folder, made_of):
-    """lipschitz.png and .svg: the share of molecules below an LLC, and Figure 2; below them what they are made of."""
+    """lipschitz.png and .svg: the share of molecules below an LLC, and Fig. 2; made_of is printed below."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:

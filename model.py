@@ -215,7 +215,7 @@ class EquivariantMultiHeadAttention(nn.Module):
 
     def forward(self, x, vec, graph):
         """vec None is zero, as in the first layer: every term with vec or v^1 drops out."""
-        x, used = self.layernorm(x), slice(None, None, 2 if vec is None else 1)  # of the parts x, 1, 2
+        x, used = self.layernorm(x), slice(None, None, 2 if vec is None else 1)  # without vec the parts x and 2
         v_x, *v_1, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[used])  # (N, F)
         q, k, v_x = self.heads(self.q_proj(x), self.k_proj(x), v_x)  # (N, H, D)
         parts = self.parts(self.dv_proj)[used]
@@ -507,9 +507,9 @@ def load_encoder(path):
             raise ValueError(f"its schema is {checkpoint['schema']}")
         encoder = new_encoder(ModelConfig(**checkpoint["model"]))
         encoder.load_state_dict(checkpoint["state_dict"])
+    except OSError:
+        raise
     except Exception as error:  # torch raises many kinds for a file that is cut off or not its own
-        if isinstance(error, OSError):
-            raise
         first = str(error).partition("\n")[0]
         raise ValueError(f"{path} is no encoder.pt of schema georecon/1: {type(error).__name__} {first}") from None
     return encoder

@@ -7,9 +7,9 @@
 
 A run writes to out_dir (default out/<name of the config>); README.md says what each file is.
 
-What is random follows from keys: the order from (seed, epoch), noise from (seed, step), first weights from the seed.
-Every seed has the same validation molecules and noise. Order and noise are of the global batch: a rank takes its slice.
-So a killed run resumes to the same bits (on three ranks or more to rounding: DDP), and their number changes rounding.
+All randomness follows from keys: the order from (seed, epoch), noise from (seed, step), first weights from the seed.
+Validation molecules and their noise are the same for all seeds. A rank takes its slice of the global order and noise.
+So a killed run resumes to the same bits (on three ranks or more: to rounding). The number of ranks changes rounding.
 """
 
 import math
@@ -85,7 +85,7 @@ class PretrainConfig:
     lr_min: float = setting(1e-7, low=0)
     lr_warmup_steps: int = setting(10_000, low=0)
     lr_cosine_length: int = setting(400_000, low=1)
-    precision: str = setting("32", choices=("32", "tf32", "bf16"))  # of linear layers' products; tf32: on a GPU alone
+    precision: str = setting("32", choices=("32", "tf32", "bf16"))  # tf32: a GPU's; bf16: of linear layers alone
 
     inference_batch_size: int = setting(70, low=1)
     num_workers: int = setting(0, low=0)  # loader processes a rank; 0: read in the training process
@@ -213,7 +213,7 @@ TRAIN, VAL = 1, 2  # first number of the key that noise is drawn from
 
 
 def learning_rate(step, config):
-    """Linear warm-up over lr_warmup_steps, then a cosine over lr_cosine_length from lr to lr_min.
+    """A cosine from lr at step 0 to lr_min at step lr_cosine_length; a linear warm-up replaces its start.
 
     DEVIATION: closed form. Coord's code has torch's recursion and overwrites it in warm-up: it ends 0.15 % higher.
     """
@@ -232,16 +232,16 @@ def losses_of(net, part, noise, config, device, shuffle=False):
         return net(**arrays, num_molecules=part["num_molecules"], shuffle=shuffle)
 
 
-def backward(net, parts, losses_of, world):
+def backward(net, parts, share_of, world):
     """Forward and backward over this rank's parts of the global batch -> its share of the losses and of grad_norm.
 
-    losses_of(part): by name, that part's share of the means over the global batch. Ranks may have unequal shares.
+    share_of(part): by name, that part's share of the means over the global batch. Ranks may have unequal shares.
     """
     share = {}
     for k, part in enumerate(parts):
         more_to_come = isinstance(net, DistributedDataParallel) and k < len(parts) - 1
         with net.no_sync() if more_to_come else nullcontext():
-            losses = losses_of(part)
+            losses = share_of(part)
             (losses["loss"] * world).backward()  # DDP divides the ranks' sum of gradients by world
         for name, loss in losses.items():
             share[name] = share.get(name, 0.0) + loss.detach()
@@ -275,15 +275,14 @@ def validation_batches(molecules, index, size, extra=0):
 @torch.no_grad()
 def evaluate(model, batches, config, device, rank, world):
     """Mean losses per atom over the validation batches, which the ranks share, plus loss_rec_shuffled."""
-    mine = batches[rank::world]
+    mine, num_atoms = batches[rank::world], sum(len(part["z"]) for part in batches)
     shuffle = all(part["num_molecules"] > 1 for part in batches)
     total = 0.0
     for part in mine or batches[:1]:  # a rank without a share runs one batch at weight 0, to know the names
         losses = losses_of(model, part, part["noise"], config, device, shuffle)
-        weight = len(part["z"]) if mine else 0
-        total = total + weight * torch.stack([*losses.values(), torch.ones_like(losses["loss"])]).double()
-    total = sum_over_ranks(total)
-    return dict(zip(losses, (total[:-1] / total[-1]).tolist(), strict=True))
+        weight = len(part["z"]) / num_atoms if mine else 0
+        total = total + weight * torch.stack(list(losses.values())).double()
+    return dict(zip(losses, sum_over_ranks(total).tolist(), strict=True))
 
 
 def report(first_val, last_val):
@@ -306,7 +305,7 @@ def objective_of(config):
 def make_model(config, device):
     torch.manual_seed(config.seed)
     if config.precision == "tf32" and device.type == "cpu":
-        raise InputError("precision = tf32: products of a GPU, this is a CPU: set 32 or bf16", code=2)
+        raise InputError("precision = tf32 is for a GPU, this is a CPU: set 32 or bf16", code=2)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     with explain("a model of this size cannot be made", RuntimeError):
         model = objective_of(config)(new_encoder(config.model), config).to(device)
@@ -332,13 +331,14 @@ def pretrain(config, run):
     val_batches = validation_batches(molecules, val, config.inference_batch_size, model.extra_noise)
     net = run.parallel(model)  # DistributedDataParallel under torchrun
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    parameters, of_encoder = num_parameters(model), num_parameters(model.encoder)
 
     found = {"first_val": None, "last_val": None}
     run.restore(config, batches, found, dict.fromkeys(found, {str: float}), state_dict=model, optimizer=optimizer)
     run.begin(
         f"{config.objective} on {config.data}: {len(train):,} molecules to train, {len(val):,} to validate",
         *(["of all splits of the file, those to test on, too"] if molecules.splits and not config.split else []),
-        f"{num_parameters(model):,} parameters, {num_parameters(model.encoder):,} of them the encoder",
+        f"{parameters:,} parameters, {of_encoder:,} of them the encoder",
     )
 
     def validate():
@@ -367,9 +367,9 @@ def pretrain(config, run):
 
     run.say("\n".join(report(found["first_val"], found["last_val"])))
     units = dict.fromkeys(found["last_val"], getattr(model, "unit", "as the objective has it"))
-    sizes = {"parameters": num_parameters(model), "parameters_encoder": num_parameters(model.encoder)}
     figures = {"val": found["last_val"], "val_start": found["first_val"], "units": units}
-    run.finish(**figures, objective=config.objective, **sizes)
+    figures |= {"parameters": parameters, "parameters_encoder": of_encoder}
+    run.finish(**figures, objective=config.objective)
 
 
 def main(arguments):

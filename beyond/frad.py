@@ -35,7 +35,7 @@ def product(a, b):
 
 
 def turn(pos, bond, fragment, angle):
-    """Turn rotors by their angles: pos (N, 3), bond (R, 2), fragment (N,), angle (R,) rad -> (N, 3).
+    """Turn rotors by angles: pos (N, 3), bond (R, 2), fragment (N,), angle (R,) rad -> (N, 3).
 
     k's side turns by the right-hand rule about j -> k, so that each torsion i-j-k-l grows by the
     angle. This is exact at any angle. A rotor's own map is x -> Q x + s about its bond as it was

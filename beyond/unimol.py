@@ -302,7 +302,7 @@ def load_public(module, state_dict):
     """Load the `model` of a public Uni-Mol checkpoint by name into a UniMol or objective unimol.
 
     What has no place there is left out. vec_proj, which no public file has, stays as it is. Until
-    April 2024 the public code had 1/(n - 1) in place of 1/n and summed over PAD, too: the weights of
+    April 2024 the public code had 1/(n - 1) in place of 1/n and summed over PAD too: the weights of
     2022 were made so. x is the same; the scale of vec and of the moves is not.
     """
     prefix = "" if isinstance(module, UniMol) else "encoder."

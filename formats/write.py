@@ -149,7 +149,7 @@ def save(out, molecules, attrs, units, splits_of=None):
 def made_of(paths, *command):
     """Attributes: of what a file is made, and how."""
     if len({stem(path) for path in paths}) < len(paths):
-        raise InputError("two files have the same name, which names their split: rename one", code=2)
+        raise InputError("two files have the same name, which names the split: rename one", code=2)
     sources = {"source": "\n".join(path.name for path in paths), "source_sha256": "\n".join(map(sha256, paths))}
     return sources | {"command": shlex.join(["python", "data.py", *command])}
 
