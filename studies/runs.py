@@ -13,8 +13,8 @@ def seeds(numbers, runs):
 WIDE = "pretrain.py configs/pcqm.yaml data=data/qm9.h5 val_size=1000 max_steps=3000 log_every=50"
 WIDE = f"{WIDE} lr_warmup_steps=300 lr_cosine_length=3000 val_every=250 num_workers=2".split()
 
-SMALL = "num_workers=0 log_every=50 lr=1e-3 lr_schedule=cosine inference_batch_size=100 lr_min=1e-6"  # of 64 channels
-SMALL += " model.embedding_dimension=64 model.num_layers=4 model.num_rbf=32"
+SMALL = "num_workers=0 log_every=50 lr=1e-3 lr_schedule=cosine inference_batch_size=100 lr_min=1e-6"
+SMALL += " model.embedding_dimension=64 model.num_layers=4 model.num_rbf=32"  # for encoders of 64 channels
 SMALL = f"{SMALL} model.x_norm_layer=true model.vec_norm_layer=rms model.vec_norm_out=rms".split()
 
 
@@ -101,7 +101,7 @@ FACTORS = {
     **{f"thermal{name}": pretrain("data=data/md17_aspirin.h5", *more.split()) for name, more in THERMAL.items()},
     "alpha3_rec_only": pretrain("alpha=3", "objective=rec_only"),  # together what helped
     "alpha3_no_g": pretrain("alpha=3", "decoder_graph_emb=false"),
-    "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),  # is it the noise of alpha = 3 alone?
+    "coord_noise3": pretrain("objective=coord", "position_noise_scale=0.12"),  # alpha = 3's, alone
 }
 # is the rough embedding the clean loss's? Of alpha, is it the noise, or the weight, alpha^2 w_rec?
 WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
@@ -126,7 +126,7 @@ TABLE10 = {o: [*TABLE10, f"objective={o}"] for o in OBJECTIVES}
 HOT = ["finetune.py", "configs/3bpa.yaml", "compile=true", "test_split=test_300K,test_600K,test_1200K_reduced"]
 HOT = {"3bpa": HOT, "3bpa-clipped": [*HOT, "clip_norm=10"]}  # a first gradient may be 1e5
 HOT_STARTS = {o: f"table10/{o}" for o in OBJECTIVES} | {"untrained": "table10/coord"}
-# Table 3 at the paper's size and length; PCQM4Mv2 could not be had, so it is pretrained on QM9, for 3,000 steps of 32
+# Table 3 at the paper's size and length, pretrained on QM9 for 3,000 steps of 32
 LARGER = ["model.embedding_dimension=128", "model.num_layers=6", *PUBLIC[:2]]
 TABLE3 = {o: pretrain(f"objective={o}", *LARGER, kept=(0,)) for o in OBJECTIVES[:2]}
 MD17 = {"malonaldehyde": ["finetune.py", "configs/md17_malonaldehyde.yaml", "compile=true", "num_workers=0"]}
@@ -154,7 +154,7 @@ STUDIES = {
     "precision": seeds((1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}),
     "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help there? Needs graph_embedding
 }
-EQUAL_ARMS = ("coord_rms", "georecon_rms")  # arms of other studies that a study is to be compared with
+EQUAL_ARMS = ("coord_rms", "georecon_rms")  # of other studies, to compare with
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
 BESIDE["family_long"] = {"control_long": ("georecon_rms",)}
 BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
