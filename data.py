@@ -49,6 +49,7 @@ class Molecules:
         self._state = file_state(self.path)
         self.ptr, self.units, self.splits, self.attrs, self.places = read_contents(self.path)
         self.name = str(self.attrs.get("name", Path(self.path).stem))
+        self.at_once = max(1, 10**7 // int(np.diff(self.ptr).max()) ** 2)  # a look grows as atoms^2
         self.inputs = inputs(self) if inputs else None  # reads further arrays for an objective of beyond/
 
     def __len__(self):
@@ -115,8 +116,8 @@ class Molecules:
     def composition(self, index, max_z, forces=False):
         """Atoms of each element in molecules index (M,) -> (M, max_z) float64; refuses damage, of forces, too."""
         counts = np.zeros((len(index), max_z))
-        for first in range(0, len(index), 10_000):
-            part = self.read(index[first : first + 10_000], forces)
+        for first in range(0, len(index), self.at_once):
+            part = self.read(index[first : first + self.at_once], forces)
             np.add.at(counts, (first + part["batch"].numpy(), part["z"].numpy()), 1)
         return counts
 

@@ -1,4 +1,4 @@
-"""Files of files: several as one to pretrain on, or a random sample of one.
+"""Files from files: several as one to pretrain on, or a random sample of one.
 
     python data.py join data/qm9.h5 data/druglike.h5 data/both.h5
     python data.py sample data/qm9.h5 data/few.h5 num=2000 seed=1

@@ -108,10 +108,10 @@ def find_columns(path, smiles, names):
 
 def check_kinds(path, columns, asked):
     """-> notes; refuses a table whose column says that numbers are bounds, or of several units."""
-    width, smiles, labels = columns
-    notes = []
-    for place, name in enumerate(next(table(path))):
-        if (kind := name.lower().replace("_", " ")) not in OF_ROWS:
+    (width, smiles, labels), header, notes = columns, next(table(path)), []
+    kinds = [name.lower().replace("_", " ") for name in header]
+    for place, (name, kind) in enumerate(zip(header, kinds)):
+        if kind not in OF_ROWS or f"standard {kind}" in kinds and "value" not in labels:  # ChEMBL's API has both
             continue
         rows = read_rows(path, width, smiles, labels | {name: place})
         known = [cells for *_, cells in rows if any(NUMBER.fullmatch(cells.get(n, "")) for n in labels)]
@@ -182,8 +182,8 @@ def scaffolds(items):
 def shifted(path, columns):
     """A note if this is MoleculeNet's QM7.
 
-    Among its SMILES, and not among its labels, stand four entries without a molecule. So a label below them
-    belongs to the molecule that is two rows on, below the last four rows on.
+    Four of its SMILES are no molecule and have no label. So the labels from the first on belong to the
+    molecule two rows below, and in the end to that four rows below.
     """
     hydrogens = [(key, smiles) for key, smiles, _ in read_rows(path, *columns) if smiles in ("[H]", "[HH].[HH]")]
     if [smiles for _, smiles in hydrogens] != ["[H]", "[HH].[HH]", "[HH].[HH]", "[HH].[HH]"]:

@@ -32,7 +32,7 @@ SYMBOLS = """X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn 
 Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
 Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"""
 NUMBER = re.compile(r"\s*[-+]?((\d+\.?\d*|\.\d+)((e|d|\*\^)[-+]?\d+)?|inf|infinity)\s*", re.I)
-SDF_TAG = re.compile(r"^>[^<\n]*<(.+?)>.*\n((?:[^>\n].*\n?)*)", re.M)  # name, value
+SDF_TAG = re.compile(r"^>[^<\n]*<\s*(.+?)\s*>[^>\n]*\n((?:[^>\n].*\n?)*)", re.M)  # name, value
 CHARGED = "charged: neither the file nor the network keeps the charge"
 ATOMIC_NUMBER = {symbol: z for z, symbol in enumerate(SYMBOLS.split())}
 # name and unit here, column in qm9pack (sic); in the order of the xyz comment line
@@ -153,7 +153,7 @@ def parse_sdf(items, titled):
         # Unsanitized: charges and valences do not matter here, and RDKit's opinion of them would cost molecules.
         mol = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False, strictParsing=False)
         if mol is None:
-            molecules.append({"id": key, "skip": "RDKit cannot read it"})
+            molecules.append({"id": key, "skip": "not readable by RDKit"})
         elif mol.GetNumAtoms() > 1 and not mol.GetConformer().Is3D():
             molecules.append({"id": key, "skip": "flat and not marked 3D: a drawing, no geometry"})
         else:
@@ -252,9 +252,9 @@ def read_pcqm4mv2(raw):
 def read_sdf(raw, titled=True):
     """An SDF, compressed or in a tar, too; id: a title that is a number, else the place in it."""
     need("rdkit.Chem", "reading SDF")
-    for name, file in files_in(raw):
-        if name.endswith(".sdf") or ".tar" not in raw.suffixes:
-            yield from parallel(partial(parse_sdf, titled=titled), enumerate(sdf_blocks(file)))
+    files = (file for name, file in files_in(raw) if name.endswith(".sdf") or ".tar" not in raw.suffixes)
+    blocks = (block for file in files for block in sdf_blocks(file))
+    yield from parallel(partial(parse_sdf, titled=titled), enumerate(blocks))
 
 
 KCAL = {"energy": "kcal/mol", "forces": "kcal/mol/angstrom"}
@@ -278,8 +278,8 @@ def check_units(stated, energy, where):
     for key, value in claims.items():
         said = re.sub(r"[][{}\"']", "", str(np.ravel(value).tolist()))  # one or several
         for name, _, text in (entry.rpartition(":") for entry in re.split("[,;]", said)):
-            unit = re.sub(r"[\s*]+", "", str(text).lower()).replace("mol^-1", "/mol").replace("mol-1", "/mol")
-            unit = re.sub(r"(^|/)(angstroms?|ångströms?|ang|å|a)$", r"\1angstrom", unit)
+            unit = re.sub(r"(mol|angstrom|ang|å|a)\^?-1", r"/\1", re.sub(r"[\s*]+", "", str(text).lower()))
+            unit = re.sub(r"(^|/)(angstroms?|ångströms?|angs?t?\.?|å|a)$", r"\1angstrom", unit)
             fits = unit in (energy.lower(), "angstrom", f"{energy.lower()}/angstrom")
             if not fits and not NOT_READ.search(f"{key} {name}".lower()):
                 told = f"{where}: its {key} says {text.strip()}"
@@ -294,7 +294,7 @@ def read_npz(raw, keys, index=None):
         if missing := [key for key in (*keys, index) if key and key not in arrays]:
             raise InputError(f"{raw}: no {', '.join(missing)} among its arrays {', '.join(arrays)}: wrong SOURCE?")
         check_units({key: arrays[key].astype(str) for key in arrays if "unit" in key.lower()}, "kcal/mol", raw)
-        if periodic := {"lattice", "cell", "pbc"} & {key.lower() for key in arrays}:
+        if periodic := {key for key in arrays if key.lower() in ("lattice", "cell", "pbc") and arrays[key].any()}:
             raise InputError(f"{raw}: has a {min(periodic)}: periodic systems are no molecules")
         notes = {f"not read: {key}" for key in arrays if LABEL.search(key) and key not in keys}
         z, pos, energy, forces = (arrays[key] for key in keys)
@@ -338,7 +338,7 @@ def xyz_labels(where, atoms, levels, forces):
     if forces and len(atoms) == 1 and labels.keys() == {"energy"}:
         labels["forces"] = np.zeros((1, 3))
         notes |= {"force on a lone atom set to 0"}
-    tags = numbers(atoms.info | plain)
+    tags = numbers({name: v for name, v in (atoms.info | plain).items() if not np.ndim(v)})
     notes |= {CHARGED for name, value in tags.items() if re.fullmatch("(total_?)?charge", name, re.I) and value}
     return {"labels": labels, "notes": notes, "tags": tags}
 
@@ -391,8 +391,8 @@ def parse_labels(text):
     sound = [n.strip(".") and u and (n + u).isprintable() and len(n + u) < 200 and "=" not in u for n, u in pairs]
     if len(asked) < len(pairs) or not all(sound):
         raise InputError(f"{text[:200]!r}: write labels=NAME:UNIT,NAME:UNIT, each name once", code=2)
-    bare = [(n, re.sub(r"^(?:log|ln)\w*(?: (.+)|\((.+)\))$", r"\1\2", u)) for n, u in pairs]  # log mol/L -> mol/L
-    if told := [f"{n} says {m[1]}" for n, u in bare if (m := re.search(r"[\[(](.+)[\])]$", n)) and m[1] != u]:
+    both = [(n, {u, re.sub(r"^(?:log|ln)\w*(?: (.+)|\((.+)\))$", r"\1\2", u)}) for n, u in pairs]  # log mol/L, mol/L
+    if told := [f"{n} says {m[1]}" for n, u in both if (m := re.search(r"(?:\[|\B\()(.+)[\])]$", n)) and m[1] not in u]:
         raise InputError(f"{text}: the name {told[0]}: write that as its unit", code=2)
     if taken := asked.keys() & {f"y/{name}" for name in EV}:
         raise InputError(f"{text}: {min(taken)[2:]} is a dataset of its own: name it otherwise", code=2)

@@ -168,11 +168,11 @@ def convert(source, raws, out, splits_of=None, labels=""):
     save(out, molecules, attrs, units, splits_of if source == "qm9" else None)
 
 
-def info(m, chunk=10_000):
+def info(m):
     """python data.py info FILE.h5: m is its Molecules."""
     elements, square, largest, wrong = np.zeros(119, dtype=np.int64), 0.0, 0.0, []
-    for start in range(0, len(m), chunk):  # read refuses positions and elements that cannot be
-        part = m.read(range(start, min(start + chunk, len(m))), forces="forces" in m.units)
+    for start in range(0, len(m), m.at_once):  # read refuses positions and elements that cannot be
+        part = m.read(range(start, min(start + m.at_once, len(m))), forces="forces" in m.units)
         elements += np.bincount(part["z"], minlength=119)
         if "forces" in m.units:
             square += part["forces"].double().square().sum().item()

@@ -119,7 +119,7 @@ def override(settings, arguments):
 def load_config(kind, arguments):
     """`CONFIG.yaml [key=value ...]` -> the dataclass kind."""
     settings = override(read_yaml(arguments[0]), arguments[1:])
-    for key in (key for key in ("data", "out_dir", "init_from") if isinstance(settings.get(key), str)):
+    for key in (k for k in ("data", "out_dir", "init_from") if isinstance(settings.get(k), str)):
         settings[key] = os.path.expanduser(os.path.expandvars(settings[key]))  # ~ and $VAR
     config, home = build_config(kind, settings), Path(arguments[0]).parent
     config = config if config.out_dir else replace(config, out_dir=str(Path("out") / Path(arguments[0]).stem))

@@ -4,9 +4,10 @@
     python -m studies.features COLUMN *.npz [splits=20] [out_dir=out/features]
 
 All see the same random splits of the molecules, 90 % to fit and 10 % to test. Writes features.json:
-of each features their number, and the root mean square error of each split.
+for each set its size, and the root mean square error of each split.
 """
 
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def table(result):
     """Lines of markdown, a row for each features <name>_s<seed>: of each seed the mean over the splits."""
     rows = {}
     for name, (_, found) in result["features"].items():
-        rows.setdefault(name.rpartition("_s")[0] or name, []).append(statistics.mean(found))
+        rows.setdefault(re.sub(r"_s\d+$", "", name), []).append(statistics.mean(found))
     yield from ("| features | RMSE |", "|---|---|")
     yield from (f"| {name} | {cell(values)} |" for name, values in rows.items())
 

@@ -22,7 +22,7 @@ import data
 import finetune
 import lipschitz
 from data import Molecules
-from formats.sources import check_units
+from formats.sources import check_units, parse_labels
 from formats.weights import read_encoder
 from harness.errors import InputError
 from model import EquivariantTransformer, ModelConfig
@@ -74,6 +74,9 @@ def test_a_unit_under_any_name_is_read(tmp_path, stated, words, labelled):
         "positions{angstrom}",
         'units=\'{"energy": "eV", "length": "Ang"}\'',
         'units="energy: eV, forces: eV/A"',
+        'units="eV, eV/Ang."',
+        'forces_unit="eV A^-1"',
+        "forces_unit=eV*angstrom-1 length_unit=Angs",
     ],
 )
 def test_units_that_fit_are_taken(tmp_path, stated):
@@ -149,7 +152,11 @@ def test_atoms_without_a_symbol(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "said, refused", [("kcal/mol", False), ("kcal mol-1", False), ("Hartree", True), ("eV", True), ("kJ/mol", True)]
+    "said, refused",
+    [
+        *(("kcal/mol", False), ("kcal mol-1", False), ("kcal mol^-1 A^-1", False)),
+        *(("Hartree", True), ("eV", True), ("kJ/mol", True), ("kcal mol^-1 bohr^-1", True)),
+    ],
 )
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_units_of_an_npz_whatever_the_key(tmp_path, said, refused, shape):
@@ -157,13 +164,35 @@ def test_units_of_an_npz_whatever_the_key(tmp_path, said, refused, shape):
     if not refused:
         assert len(convert("md17", [raw], tmp_path / "a.h5")) == 4
         return
-    with pytest.raises(InputError, match=f"its Energy_Unit says {said}"):
+    with pytest.raises(InputError, match=re.escape(f"its Energy_Unit says {said}")):
         convert("md17", [raw], tmp_path / "a.h5")
 
 
 def test_a_lattice_is_no_molecule(tmp_path):
     with pytest.raises(InputError, match="has a lattice: periodic"):
         convert("md17", [md17_npz(tmp_path / "md17_a.npz", lattice=np.eye(3))], tmp_path / "a.h5")
+
+
+def test_a_molecule_that_says_it_is_not_periodic(tmp_path):
+    assert len(convert("md17", [md17_npz(tmp_path / "md17_a.npz", pbc=np.zeros(3, bool))], tmp_path / "a.h5")) == 4
+
+
+@pytest.mark.parametrize(
+    "name, units, wrong",
+    [
+        ("Solubility (log mol/L)", ["log mol/L"], "mol/L"),
+        ("S [log(mol/L)]", ["log(mol/L)"], "M"),
+        ("log(S)", ["log mol/L", "1"], ""),
+        ("E(HOMO)", ["eV"], ""),
+        ("gap (eV)", ["eV"], "meV"),
+    ],
+)
+def test_a_name_that_states_a_unit(name, units, wrong):
+    for unit in units:
+        assert parse_labels(f"labels={name}:{unit}") == {f"y/{name.replace('/', '_')}": (name, unit)}
+    if wrong:
+        with pytest.raises(InputError, match="write that as its unit"):
+            parse_labels(f"labels={name}:{wrong}")
 
 
 def test_a_unit_is_judged_by_its_quantity():

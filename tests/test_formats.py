@@ -164,7 +164,7 @@ def test_pcqm4mv2_sdf_keeps_hydrogens_and_order_over_worker_processes(tmp_path, 
     assert batch["z"].tolist() == [ATOMIC_NUMBER[s] for s, *_ in atoms] and 1 in batch["z"]
     np.testing.assert_allclose(batch["pos"], np.array([p for _, *p in atoms]), atol=6e-5)
     said = capsys.readouterr().out
-    assert "1: RDKit cannot read it (id 300)" in said
+    assert "1: not readable by RDKit (id 300)" in said
     assert "1: flat and not marked 3D: a drawing, no geometry (id 301)" in said
 
 
@@ -197,6 +197,33 @@ def test_sdf_ids_are_titles_where_they_are_numbers(tmp_path):
     path.write_bytes(gzip.compress("".join(map(sdf_block, names, many_atoms(3))).encode()))
     m = convert("sdf", [path], tmp_path / "drugs.h5")
     assert m.ids.tolist() == [20212894, 1, 10019354] and m.name == "drugs"
+
+
+def test_sdfs_of_a_tar_are_counted_as_one(tmp_path):
+    """And the blanks in a tag are not of its name."""
+    pytest.importorskip("rdkit")
+    blocks = [sdf_block("", atoms).replace("M  END\n", "M  END\n> < logS >\n-2.5\n\n") for atoms in many_atoms(4)]
+    parts = {"a.sdf": "".join(blocks[:2]), "readme.txt": "", "b.sdf": "".join(blocks[2:])}
+    raw, out = str(tar(tmp_path / "two.tar.gz", parts)), str(tmp_path / "two.h5")
+    data.main(["sdf", raw, out, "labels=logS:log mol/L"])
+    assert Molecules(out).ids.tolist() == [0, 1, 2, 3] and Molecules(out).label("logS").tolist() == [-2.5] * 4
+
+
+def test_a_large_molecule_is_read_in_small_pieces(tmp_path, monkeypatch, capsys):
+    """What is looked at grows with the square of a molecule: all frames of MD22 at once would take gigabytes."""
+    z, pos = np.full(1000, 6), 1.5 * np.stack(np.unravel_index(np.arange(1000), (10, 10, 10)), axis=1)
+    frames = ({"id": k, "z": z, "pos": pos, "labels": {}} for k in range(25))
+    write_h5(tmp_path / "a.h5", frames, {"source": "test"}, {})
+    m, read, sizes = Molecules(tmp_path / "a.h5"), Molecules.read, []
+
+    def counted(self, index, forces=False):
+        sizes.append(len(index))
+        return read(self, index, forces)
+
+    monkeypatch.setattr(Molecules, "read", counted)
+    assert m.composition(np.arange(25), 7)[:, 6].tolist() == [1000.0] * 25
+    data.main(["info", str(tmp_path / "a.h5")])
+    assert sizes == [10, 10, 5] * 2 and "C 25,000" in capsys.readouterr().out
 
 
 def test_cut_off_or_empty_sdf_and_zip_are_refused(tmp_path):

@@ -308,6 +308,14 @@ def test_a_bound_without_a_number_a_stated_unit_and_a_placeholder(convert):
     assert "p: 1 of its numbers lie far from all others, such as -999: placeholders?" in said
 
 
+def test_of_two_units_that_of_the_label_counts(convert, refused):
+    """ChEMBL's web client gives each row as it was published and as it was brought to one unit."""
+    lines = [f"{'C' * (k + 2)},{k % 2 and 0.1 or 100},{'uM' if k % 2 else 'nM'},{100 + k},nM" for k in range(12)]
+    text = rows(*lines, head="smiles,value,units,standard_value,standard_units")
+    assert "column units has nM, uM" in refused(text, "labels=value:nM")[0]
+    assert len(convert(text, "labels=standard_value:nM")[0]) == 12
+
+
 # --- what is refused ---
 
 

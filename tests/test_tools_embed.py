@@ -96,6 +96,12 @@ def test_what_it_cannot_embed_is_one_line():
         assert caught.value.code == code and not Path("out.npz").exists()
 
 
+def test_only_a_number_makes_a_name_a_seed():
+    found = {"coord_s1": [2, [1.0]], "coord_s2": [2, [3.0]], "coord_small": [2, [5.0]], "my": [2, [7.0]]}
+    lines = list(features.table({"features": found}))
+    assert lines[2:] == ["| coord | 1 / 3 |", "| coord_small | 5 |", "| my | 7 |"]
+
+
 def test_features_that_tell_the_answer_win_and_noise_does_not():
     pytest.importorskip("sklearn")
     smiles = [f"{'C' * k}{end}" for k in range(1, 21) for end in ("O", "N", "Cl", "F")]

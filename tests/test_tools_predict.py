@@ -243,7 +243,7 @@ def test_tables_that_cannot_be_predicted_are_one_line(runs):
         assert not list(Path().glob("*never*"))
 
 
-@pytest.mark.parametrize("name", ["unit", "pbc", "stress", "Lattice", "a=b", 'a"b'])
+@pytest.mark.parametrize("name", ["unit", "pbc", "stress", "dipole", "Lattice", "a=b", 'a"b'])
 def test_a_name_that_extended_xyz_has_for_itself(runs, name):
     """Then the number is called predicted."""
     content = torch.load(runs / "gap/best.pt", weights_only=True)

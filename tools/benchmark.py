@@ -1,6 +1,6 @@
 """How fast this code is, beside TorchMD-NET's own on the same weights and molecules.
 
-    python -m tools.benchmark                                 all cases: half an hour on a fast core
+    python -m tools.benchmark                                 all cases: an hour, a third compiling
     python -m tools.benchmark encoder forces larger=FILE.h5   some, with larger molecules of yours
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers

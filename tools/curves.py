@@ -24,7 +24,7 @@ class CurvesConfig:
 
 
 def read_log(folder):
-    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; not of a half last line."""
+    """log.jsonl of a run -> {figure: {split: [(step, value)]}}; skips a half last line."""
     path, figures = Path(folder) / "log.jsonl", {}
     check_file(path, "name folders of runs, such as out/demo")
     for number, line in enumerate(path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines(), 1):

@@ -23,7 +23,7 @@ from harness.ranks import tune_cpu
 
 IN_EV = {"eV": 1.0, "kcal/mol": 0.0433641153}
 TAKEN = {"id", "unit", "predicted_unit", "pbc", "Lattice", "Properties"}  # by extended xyz
-TAKEN |= {"stress", "virial", "free_energy"}
+TAKEN |= {"stress", "virial", "free_energy", "dipole", "magmom", "dielectric_tensor"}
 
 
 def untrained(about, z):
