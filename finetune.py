@@ -36,8 +36,8 @@ from pretrain import learning_rate as cosine_rate
 
 HEADS = {"scalar": "model:EquivariantScalar", "dipole": "beyond.heads:EquivariantDipoleMoment"}
 HEADS |= {"extent": "beyond.heads:ElectronicSpatialExtent", "pooler": "beyond.heads:Pooler"}
-HEAD_OF = {"mu": "dipole", "r2": "extent"}  # all other targets: scalar, a sum over the atoms
-# targets that grow with the molecule get a reference for each element, orbital energies none (torchmd-net #64)
+HEAD_OF = {"mu": "dipole", "r2": "extent"}  # PAPER-SILENT. All others: scalar, a sum over atoms
+# PAPER-SILENT: what grows with the molecule gets a reference for each element, orbital energies none (torchmd-net #64)
 WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy"}
 
 
@@ -84,7 +84,7 @@ class FinetuneConfig:
     lr_cosine_length: int = setting(100_000, low=1)
     lr_patience: int = setting(15, low=0)  # plateau: validations without a gain before lr falls
     lr_factor: float = setting(0.8, low=0.01, below=1)  # PAPER-SILENT. plateau: lr falls to lr * lr_factor
-    clip_norm: float = setting(0.0, low=0, probe=False)  # of the gradient; 0: none, as the paper
+    clip_norm: float = setting(0.0, low=0, probe=False)  # of the gradient; 0: none, as Coord's code
     ema_decay: float = setting(0.0, low=0, below=1, probe=False)  # above 0: a moving average of the weights is tested
 
     inference_batch_size: int = setting(128, low=1)

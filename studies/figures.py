@@ -79,7 +79,7 @@ def least_difference(samples):
 
     A seed is a block: first weights, order and noise are the same in each arm. What it adds to all arms is no spread.
     """
-    num = max(map(len, samples))
+    num = max(map(len, samples), default=0)
     values = np.array([row for row in samples if len(row) == num])  # (arms, seeds)
     if len(values) < 2 or num < 2:
         return math.nan
