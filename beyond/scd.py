@@ -115,7 +115,7 @@ class SelfConditioned(nn.Module):
     DEVIATION: noise, target, norms and vector_cutoff are those of Coord in pretrain.py, and element
     embeddings and mask token are trained, so that the two can be compared. The public code removes
     the mean of each molecule's noise, freezes both, and lets vector messages vanish at the cutoff.
-    DEVIATION: drop path, 0.1 there, is off by default. PAPER-SILENT: it is in the second encoding alone.
+    DEVIATION: drop path (0.1) is off by default. PAPER-SILENT: only the second encoding has it.
     """
 
     inputs = None
