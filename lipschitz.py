@@ -203,7 +203,7 @@ def measure(encoder, molecules, index, config, device):
     h, size = embed(config.of, encoder, parts)
     known = h[h.isfinite().all(1)]  # rows that are not finite would spoil std
     std = known.std(0) if len(known) > 1 else torch.zeros_like(h[0])
-    std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # a constant channel counts as 0
+    std = torch.where(std > 1e-8 * h.nan_to_num(0, 0, 0).abs().max(), std, torch.inf)  # constant channels: 0
     norms = [constants(encoder, part, std, config) for part in parts]
     norms = {step: torch.cat([part[step] for part in norms]) for step in norms[0]}  # (M, 2)
     last = list(norms.values())[-1]

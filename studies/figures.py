@@ -174,7 +174,7 @@ def over_steps(result):
 
 
 def readings_rows(results):
-    """{arm: {reading of the output: its stretch for each seed}}, untrained networks among the arms."""
+    """{arm: {reading of the output: its stretch for each seed}}, untrained networks, too."""
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]

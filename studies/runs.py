@@ -129,7 +129,7 @@ HOT_STARTS = {o: f"table10/{o}" for o in OBJECTIVES} | {"untrained": "table10/co
 # Table 3 at the paper's size, two cycles of its schedule; pretrained on QM9 for 3,000 steps of 32
 LARGER = ["model.embedding_dimension=128", "model.num_layers=6", *PUBLIC[:2]]
 TABLE3 = {o: pretrain(f"objective={o}", *LARGER, kept=(0,)) for o in OBJECTIVES[:2]}
-MD17 = "finetune.py configs/md17_malonaldehyde.yaml max_steps=60000 compile=true num_workers=0".split()
+MD17 = ["finetune.py", "configs/md17_malonaldehyde.yaml", "max_steps=60000", "compile=true", "num_workers=0"]
 MD17_STARTS = {o: f"table3/{o}" for o in TABLE3} | {"untrained": "table3/coord"}
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
