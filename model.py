@@ -215,7 +215,7 @@ class EquivariantMultiHeadAttention(nn.Module):
 
     def forward(self, x, vec, graph):
         """vec None is zero, as in the first layer: every term with vec or v^1 drops out."""
-        x, used = self.layernorm(x), slice(None, None, 2 if vec is None else 1)  # no vec: x, 2
+        x, used = self.layernorm(x), slice(None, None, 2 if vec is None else 1)  # no vec: x and 2
         v_x, *v_1, v_2 = (linear(x, *part) for part in self.parts(self.v_proj)[used])  # (N, F)
         q, k, v_x = self.heads(self.q_proj(x), self.k_proj(x), v_x)  # (N, H, D)
         parts = self.parts(self.dv_proj)[used]

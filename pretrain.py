@@ -331,14 +331,14 @@ def pretrain(config, run):
     val_batches = validation_batches(molecules, val, config.inference_batch_size, model.extra_noise)
     net = run.parallel(model)  # DistributedDataParallel under torchrun
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    parameters, of_encoder = num_parameters(model), num_parameters(model.encoder)
+    total, inner = num_parameters(model), num_parameters(model.encoder)
 
     found = {"first_val": None, "last_val": None}
     run.restore(config, batches, found, dict.fromkeys(found, {str: float}), state_dict=model, optimizer=optimizer)
     run.begin(
         f"{config.objective} on {config.data}: {len(train):,} molecules to train, {len(val):,} to validate",
         *(["of all splits of the file, those to test on, too"] if molecules.splits and not config.split else []),
-        f"{parameters:,} parameters, {of_encoder:,} of them the encoder",
+        f"{total:,} parameters, {inner:,} of them the encoder",
     )
 
     def validate():
@@ -368,8 +368,7 @@ def pretrain(config, run):
     run.say("\n".join(report(found["first_val"], found["last_val"])))
     units = dict.fromkeys(found["last_val"], getattr(model, "unit", "as the objective has it"))
     figures = {"val": found["last_val"], "val_start": found["first_val"], "units": units}
-    figures |= {"parameters": parameters, "parameters_encoder": of_encoder}
-    run.finish(**figures, objective=config.objective)
+    run.finish(**figures, objective=config.objective, parameters=total, parameters_encoder=inner)
 
 
 def main(arguments):

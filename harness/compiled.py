@@ -55,7 +55,7 @@ def compile_gradient(function, model, device, one_shape):
         raise InputError("the derivative of this network cannot be compiled: set compile=false", code=2)
     check_compiler(device)
     if device.type == "cuda" and one_shape:
-        # each shape is compiled for itself; beyond the limit it runs uncompiled, or raises
+        # each shape is compiled for itself; beyond the limit it runs uncompiled, fullgraph raises
         torch._dynamo.config.recompile_limit = 64
         return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
     unfit = explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported)

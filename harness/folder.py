@@ -95,6 +95,8 @@ def open_folder(config):
         return None  # it was stopped before its first checkpoint
     checkpoint = read_torch(folder / "last.pt", "it is what resume=true goes on from", LAST)
     step = checkpoint["step"]
+    if step < 0:
+        raise InputError(f"{folder / 'last.pt'}: its step is {step}")
     if step > config.max_steps or step == config.max_steps and (folder / "metrics.json").exists():
         raise InputError(f"{folder} is finished, at step {step}: to go on set max_steps and lr_cosine_length higher")
     return checkpoint

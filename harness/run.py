@@ -193,9 +193,8 @@ class Run:
         barrier()  # torchrun ends the other ranks as soon as one is gone
         if self.rank:
             raise SystemExit(128 + self.stop)
-        name = signal.Signals(self.stop).name
-        holds = f"step {self.step}, which {self.folder}/last.pt holds"
-        raise InputError(f"stopped by {name} after {holds}: resume=true goes on", code=128 + self.stop)
+        said = f"stopped by {signal.Signals(self.stop).name} after step {self.step}, which {self.folder}/last.pt holds"
+        raise InputError(f"{said}: resume=true goes on", code=128 + self.stop)
 
     def write(self, name, content):
         """A torch file of this run, by rank 0."""

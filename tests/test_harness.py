@@ -154,6 +154,14 @@ def test_of_two_runs_started_at_once_one_is_refused(tiny):
         claim_folder(config, None)
 
 
+def test_a_step_below_zero_is_refused(tiny):
+    pretrain.main([str(tiny), "max_steps=2", "out_dir=out/whole"])
+    content = torch.load("out/whole/last.pt", weights_only=True)
+    torch.save(content | {"step": -1}, "out/whole/last.pt")
+    with pytest.raises(InputError, match="last.pt: its step is -1"):
+        pretrain.main([str(tiny), "out_dir=out/whole", "resume=true"])
+
+
 def test_stopped_at_any_rename_and_resumed_leaves_the_same_files(tiny, monkeypatch):
     """Every file is whole and of one step, wherever between two files the run was stopped."""
     pretrain.main([str(tiny), "out_dir=out/whole", "keep_steps=7,20"])
