@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from traceback import clear_frames
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.release_signals()
-        if self.lock:
-            self.lock.close()
+        clear_frames(traceback)  # they hold the loader, whose processes ignore an exit's SIGTERM
+        self.lock = self.lock and self.lock.close()
         if kind is None and dist.is_initialized():
             # gloo's threads must let go of the last tensors before the interpreter ends, or it aborts now and then
             # (pytorch #179291). A DDP module would keep the group alive: the stage's is gone by now
@@ -212,11 +213,9 @@ class Run:
         content = {"schema": LAST["schema"], "config": asdict(self.config), "data_sha256": self.data_sha256}
         content |= {"step": self.step, "wall_s": time.perf_counter() - self.began, **self.state}
         content |= {name: part.state_dict() for name, part in self.parts.items()}
-        for name, other in others.items():
+        kept = {f"step_{self.step}": content} if self.step in self.config.keep_steps else {}
+        for name, other in (others | kept | {"last": content}).items():
             self.write(f"{name}.pt", other)
-        if self.step in self.config.keep_steps:
-            self.write(f"step_{self.step}.pt", content)
-        self.write("last.pt", content)
 
     def finish(self, **figures):
         """metrics.json: the stage's figures, and what made them."""

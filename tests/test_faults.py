@@ -23,8 +23,8 @@ import yaml
 
 import finetune
 import pretrain
-from data import Molecules
-from harness import run
+from data import Molecules, split_indices
+from harness import errors, run
 from harness.errors import InputError, cli
 from harness.folder import Log
 from harness.settings import load_config
@@ -329,6 +329,25 @@ def test_output_that_cannot_be_written_is_one_line():
     assert done.returncode == 1 and done.stderr == "data.py: error: standard output: No space left on device\n"
 
 
+FAILURES = [
+    (OSError(24, "Too many open files"), "system: Too many open files"),
+    (RuntimeError("pair.cc:538] Connection closed by peer [127.0.0.1]:1"), "a rank was lost"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "a loader process"),
+]
+
+
+@pytest.mark.parametrize("error, said", FAILURES)
+def test_a_failure_of_the_system_or_of_another_process_is_one_line(monkeypatch, capsys, error, said):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(errors, "mute", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli(fail)
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and said in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("folder", ["/dev/full", "/dev/full/run", "/proc/run", "a_file/run"])
 def test_a_folder_that_cannot_be_written(stage, tally, folder):
     Path("a_file").write_text("")
@@ -457,6 +476,23 @@ def test_loaders_leave_nothing_behind_when_their_parent_is_killed(stage):
         time.sleep(0.2)
     assert not processes_of(f"{Path.cwd()}/workers")
     assert not [name for name in os.listdir("/dev/shm") for pid in pids if f"_{pid}_" in name]
+
+
+def test_an_error_in_a_loader_process_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = STAGES["pretrain"]
+    Path("pretrain.yaml").write_text(yaml.safe_dump({**settings, "data": "bad.h5"}))
+    Path("bad.h5").write_bytes(Path(settings["data"]).read_bytes())
+    with h5py.File("bad.h5", "r+") as file:
+        trained = split_indices(len(file["ptr"]) - 1, [settings["val_size"], None])[1]
+        file["pos"][file["ptr"][trained[0]]] = np.nan
+    process = launch("pretrain", f"{tmp_path}/workers", "num_workers=2", "max_steps=1000")
+    try:
+        err = process.communicate(timeout=120)[1]
+    finally:
+        for pid in processes_of(f"{tmp_path}/workers"):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 1 and "not finite" in err and "Traceback" not in err
 
 
 def test_converters_leave_nothing_behind_when_their_parent_is_killed(tmp_path):
