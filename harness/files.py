@@ -58,7 +58,7 @@ def write_whole(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:

@@ -25,9 +25,9 @@ RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "best.pt", "me
 # a template of last.pt and step_<n>.pt, see weights.require; a stage adds its own entries
 LAST = {"schema": "georecon/1", "config": {"model": dict}, "data_sha256": str, "step": int, "wall_s": float}
 LAST |= {"state_dict": dict, "optimizer": dict}
-# settings that resuming may change: where files lie, how often to write, how work is cut up
-FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"}
-FREE_TO_CHANGE |= {"num_workers", "accumulate", "inference_batch_size", "lr_cosine_length"}
+# settings that resuming may change; val_every, which decides best.pt and plateau's rate, is not
+FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "save_every", "keep_steps"}
+FREE_TO_CHANGE |= {"paper", "num_workers", "accumulate", "inference_batch_size", "lr_cosine_length"}
 
 
 class Log:
@@ -97,7 +97,8 @@ def open_folder(config):
     step = checkpoint["step"]
     if step < 0:
         raise InputError(f"{folder / 'last.pt'}: its step is {step}")
-    if step > config.max_steps or step == config.max_steps and (folder / "metrics.json").exists():
+    ended = checkpoint["config"].get("max_steps") != step or (folder / "metrics.json").exists()
+    if step > config.max_steps or step == config.max_steps and ended:  # not validated, or done
         raise InputError(f"{folder} is finished, at step {step}: to go on set max_steps and lr_cosine_length higher")
     return checkpoint
 
@@ -107,8 +108,7 @@ def claim_folder(config, start):
 
     Of two processes that start or resume the same run, one is refused. start is the step to go on from, or None.
     """
-    folder = Path(config.out_dir)
-    path = folder / "config.yaml"
+    folder, path = Path(config.out_dir), Path(config.out_dir) / "config.yaml"
     settings = {**asdict(config), "keep_steps": list(config.keep_steps), "resume": False}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +120,9 @@ def claim_folder(config, start):
         raise InputError(f"{folder} cannot be used: a file has that name, or another run is at work there") from None
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}; choose another out_dir=") from None
-    for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
-        left.unlink()
+    for name in (*RUN_FILES, "step_*.pt"):
+        for left in folder.glob(f".{name}.tmp"):  # by a kill in the middle of writing
+            left.unlink()
     drop_log_after(folder / "log.jsonl", -1 if start is None else start)
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
     (folder / "metrics.json").unlink(missing_ok=True)  # of a run that is now made longer

@@ -137,7 +137,7 @@ def read_arguments(kind, arguments):
 def check_data(path, data):
     """Refuse a missing data file by naming the command that makes it, from the header of the config or of its base."""
     text = Path(path).read_text(encoding="utf-8")
-    if base := re.search(r"^base: *(\S+)", text, re.M):
+    if base := re.search(r"^base: *(.+?) *(?: #.*)?$", text, re.M):
         text += (Path(path).parent / base[1].strip("'\"")).read_text(encoding="utf-8")
     told = re.search(rf"^# data: +(.*{re.escape(data)})$", text, re.M)
     if data and told and not os.path.exists(data):

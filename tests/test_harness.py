@@ -57,7 +57,8 @@ def test_a_bad_yaml_is_one_line(tiny, text, message):
 def test_a_base_may_be_in_another_folder_or_quoted(tiny):
     Path("base.yaml").write_text("# data:    python data.py md17 a.npz nowhere.h5\nlr: 2\n")
     Path("mine").mkdir()
-    for base in ("../base.yaml", str(Path("base.yaml").resolve()), '"../base.yaml"'):
+    Path("mine/my base.yaml").write_text(Path("base.yaml").read_text())
+    for base in ("../base.yaml", str(Path("base.yaml").resolve()), '"../base.yaml"', "my base.yaml  # mine"):
         Path("mine/run.yaml").write_text(f"base: {base}\ndata: nowhere.h5\n")
         assert load_config(PretrainConfig, ["mine/run.yaml"]).lr == 2
         with pytest.raises(InputError, match=r"make it with `python data.py md17 a.npz nowhere.h5`"):
@@ -143,6 +144,35 @@ def test_what_is_left_of_a_run_is_not_overwritten(tiny, name):
         with pytest.raises(InputError, match="holds no last.pt to go on from"):
             pretrain.main([str(tiny), "resume=true"])
     assert Path("out/tiny", name).read_bytes() == before
+
+
+def test_what_resuming_may_change(tiny):
+    pretrain.main([str(tiny), "max_steps=5", "lr_cosine_length=20"])
+    more = [str(tiny), "resume=true", "max_steps=20"]
+    with pytest.raises(InputError, match="its val_every is"):
+        pretrain.main([*more, "val_every=3"])
+    pretrain.main([*more, "save_every=3", "log_every=2", "keep_steps=18", "inference_batch_size=7"])
+    assert Path("out/tiny/step_18.pt").exists()
+
+
+def test_a_run_that_was_stopped_does_not_end_at_an_earlier_step(tiny):
+    """There it was not validated: its figures would be those of another step."""
+    pretrain.main([str(tiny), "max_steps=8"])
+    content = torch.load("out/tiny/last.pt", weights_only=True)
+    content["config"]["max_steps"] = 20  # what a signal after step 8 leaves
+    torch.save(content, "out/tiny/last.pt")
+    Path("out/tiny/metrics.json").unlink()
+    with pytest.raises(InputError, match="is finished, at step 8"):
+        pretrain.main([str(tiny), "max_steps=8", "resume=true"])
+    pretrain.main([str(tiny), "max_steps=20", "resume=true"])
+
+
+def test_only_a_runs_own_unfinished_files_are_removed(tiny):
+    Path("out/tiny").mkdir(parents=True)
+    for name in (".last.pt.tmp", ".step_7.pt.tmp", ".of_another_program.tmp"):
+        Path("out/tiny", name).write_text("x")
+    claim_folder(load_config(PretrainConfig, [str(tiny)]), None)
+    assert [path.name for path in Path("out/tiny").glob(".*.tmp")] == [".of_another_program.tmp"]
 
 
 def test_of_two_runs_started_at_once_one_is_refused(tiny):
