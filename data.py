@@ -130,13 +130,13 @@ class Molecules:
                 self._file = os.getpid(), h5py.File(self.path, "r")
             with self._damage(name):
                 return np.concatenate([self._file[1][name][start:stop] for start, stop in runs]).ravel()
-        # pread, not a memory map: touched pages then count for the system's cache, not for this process.
         if self._raw is None:
             self._raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
             if file_state(self._raw.fileno()) != self._state:  # the places noted are those of the old file
                 raise InputError(f"{self.path}: was replaced while in use: start again")
         raw, offset, row = self._raw.fileno(), self.places[name], np.dtype(dtype).itemsize * (1 if name == "z" else 3)
-        data = bytearray().join([os.pread(raw, (b - a) * row, offset + a * row) for a, b in runs])
+        with self._damage(name):  # pread: pages of a memory map would count for this process
+            data = bytearray().join(os.pread(raw, (b - a) * row, offset + a * row) for a, b in runs)
         if len(data) != row * sum(b - a for a, b in runs):
             raise InputError(f"{self.path}: dataset {name} ends early: the file was cut off while in use")
         return np.frombuffer(data, dtype)

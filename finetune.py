@@ -60,22 +60,22 @@ class FinetuneConfig:
     init_key: str = ""  # which of several networks in init_from
     freeze_encoder: bool = False  # linear probing, Sec. 5.3
     pooling: str = setting("mean", choices=("mean", "sum"))  # PAPER-SILENT: of a probe's features
-    head: str = setting("auto", choices=("auto", *HEADS), probe=False)
-    reduce: str = setting("sum", choices=("sum", "mean"), probe=False)  # of the per-atom scalars
+    head: str = setting("auto", choices=("auto", *HEADS), tuning=True)
+    reduce: str = setting("sum", choices=("sum", "mean"), tuning=True)  # of the per-atom scalars
     references: str = setting("auto", choices=("auto", "none", "fit"))
-    loss: str = setting("mse", choices=("mse", "l1"), probe=False)
-    metric: str = setting("mae", choices=("mae", "rmse"), probe=False)  # which chooses best.pt
+    loss: str = setting("mse", choices=("mse", "l1"), tuning=True)
+    metric: str = setting("mae", choices=("mae", "rmse"), tuning=True)  # which chooses best.pt
     energy_weight: float = setting(1.0, low=0)
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
     ema_alpha_dy: float = setting(1.0, low=0)
-    position_noise_scale: float = setting(0.0, low=0, probe=False)  # angstrom, of the noise of a second pass
-    denoising_weight: float = setting(0.1, low=0, probe=False)
+    position_noise_scale: float = setting(0.0, low=0, tuning=True)  # angstrom, of the noise of a second pass
+    denoising_weight: float = setting(0.1, low=0, tuning=True)
     paper: dict = field(default_factory=dict)  # {<model>_<test set>_<error>: its figure}, kept in metrics.json
     model: ModelConfig = field(default_factory=ModelConfig)  # from scratch; an encoder.pt brings its own
 
     batch_size: int = setting(128, low=1)  # molecules per step over all ranks
-    accumulate: int = setting(1, low=1, probe=False)  # parts that each rank cuts its batch into, to save memory
+    accumulate: int = setting(1, low=1, tuning=True)  # parts that each rank cuts its batch into, to save memory
     max_steps: int = setting(300_000, low=1)  # PAPER-SILENT: the second restart of cosine_warmup, when lr is at its end
     lr: float = setting(4e-4, low=0)
     lr_min: float = setting(1e-7, low=0)
@@ -84,12 +84,12 @@ class FinetuneConfig:
     lr_cosine_length: int = setting(100_000, low=1)
     lr_patience: int = setting(15, low=0)  # plateau: validations without a gain before lr falls
     lr_factor: float = setting(0.8, low=0.01, below=1)  # PAPER-SILENT. plateau: lr falls to lr * lr_factor
-    clip_norm: float = setting(0.0, low=0, probe=False)  # of the gradient; 0: none, as Coord's code
-    ema_decay: float = setting(0.0, low=0, below=1, probe=False)  # above 0: a moving average of the weights is tested
+    clip_norm: float = setting(0.0, low=0, tuning=True)  # of the gradient; 0: none, as Coord's code
+    ema_decay: float = setting(0.0, low=0, below=1, tuning=True)  # above 0: a moving average of the weights is tested
 
     inference_batch_size: int = setting(128, low=1)
     num_workers: int = setting(0, low=0)
-    compile: bool | None = setting(None, probe=False)  # auto: a long run on a CPU with a compiler
+    compile: bool | None = setting(None, tuning=True)  # auto: a long run on a CPU with a compiler
     deterministic: bool = False
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)
@@ -99,7 +99,7 @@ class FinetuneConfig:
 
     def __post_init__(self):
         for known in fields(self) if self.freeze_encoder else ():
-            if not known.metadata.get("probe", True) and getattr(self, known.name) != known.default:
+            if known.metadata.get("tuning") and getattr(self, known.name) not in (False, known.default):
                 raise ValueError(f"freeze_encoder = true: a linear probe has no {known.name}, leave it out")
         if len(set(names := self.target.split(","))) < len(names):
             raise ValueError(f"target = {self.target}: a name stands twice")

@@ -329,7 +329,7 @@ class WhitenVectorNorm(nn.Module):
 
 
 def setting(default, **allowed):
-    """A config field with its limits (low, below, choices, probe), by which values are checked: harness/settings.py."""
+    """A config field with its limits: low, below, choices, tuning (a linear probe may not set it)."""
     return field(default=default, metadata=allowed)
 
 

@@ -65,15 +65,15 @@ def cli(main, usage=None, needed=0):
         said, code = error, error.code
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I)
-        if not full and "DataLoader worker" not in str(error):
+        if not full and not re.search("DataLoader worker|(closed|reset) by peer", str(error)):
             raise
         remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"
-        lost = f"a loader process was lost ({one_line(error).rstrip('.')}): resume=true goes on"
+        lost = f"a loader process or a rank was lost ({one_line(error).rstrip('.')}): resume=true goes on"
         said, code = f"out of memory: take smaller batches; {remedy}" if full else lost, 1
     except UnicodeEncodeError as error:
         said, code = f"{error.object!r} cannot be written as UTF-8: rename that file", 1
-    except OSError as error:  # the output cannot be written: a full disk, a closed pipe
-        where = error.filename or "standard output"
+    except OSError as error:  # 5, 28, 32: a failing disk, a full one, a closed pipe
+        where = error.filename or ("standard output" if error.errno in (5, 28, 32) else "system")
         said, code = f"{where}: {error.strerror or error}", 1
         mute()
     except KeyboardInterrupt:

@@ -471,6 +471,7 @@ CASES = [
     ("finetune", ["f.yaml", "pooling=max"], 2, "one of mean, sum"),
     *(("finetune", ["probe.yaml", value], 2, "freeze_encoder = true")
       for value in ("loss=l1", "clip_norm=1", "ema_decay=0.9", "head=dipole", "accumulate=2", "lr_schedule=plateau")),
+    ("finetune", ["probe.yaml", "compile=false", "init_from=nowhere.pt"], 1, "nowhere.pt"),  # as it is
     ("finetune", ["e.yaml", "freeze_encoder=true"], 2, "freeze_encoder = true"),
     ("pretrain", ["p.yaml", "objective=rec"], 2, "one of georecon"),
     ("pretrain", ["p.yaml", "pooling=max"], 2, "one of mean"),
