@@ -66,8 +66,10 @@ class Run:
             raise InputError(said, code=128 + self.caught[0]) from None
 
     def parallel(self, model, **options):
-        options |= {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # no buffer changes in training
-        return DistributedDataParallel(model, **options) if dist.is_initialized() else model
+        if dist.is_initialized():
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+            model.broadcast_buffers = False  # no buffer changes in training; as an argument it warns
+        return model
 
     def restore(self, config, source, state, like, **parts):
         """Load last.pt, if there is one, into parts (modules, the optimizer) and state (a dict of plain values).
@@ -161,12 +163,11 @@ class Run:
         raise InputError(f"{said}; {path} names that step's molecules; {good}: {REMEDY}")
 
     def catch_signals(self):
-        """SIGTERM, SIGINT and SIGHUP let the step end in order; a second one kills.
+        """SIGTERM, SIGINT and SIGHUP let the step end in order; a second one kills. Those ignored stay so (nohup).
 
         Under torchrun a second one does not kill: torchrun forwards signals that the ranks may already have.
         """
-        previous = {n: signal.getsignal(n) for n in SIGNALS}
-        self.handlers = {n: h for n, h in previous.items() if h != signal.SIG_IGN}  # which nohup asks for
+        self.handlers = {n: h for n in SIGNALS if (h := signal.getsignal(n)) != signal.SIG_IGN}
         for n in self.handlers:
             signal.signal(n, self.note_signal)
 

@@ -46,7 +46,7 @@ def launch(*arguments, ranks=0):
 def run(*arguments, ranks=0):
     process = launch(*arguments, ranks=ranks)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
+    assert process.returncode == 0 and "Warning" not in err, out + err
     return out
 
 
