@@ -61,11 +61,11 @@ class FinetuneConfig:
     freeze_encoder: bool = False  # linear probing, Sec. 5.3
     pooling: str = setting("mean", choices=("mean", "sum"))  # PAPER-SILENT: of a probe's features
     head: str = setting("auto", choices=("auto", *HEADS), tuning=True)
-    reduce: str = setting("sum", choices=("sum", "mean"), tuning=True)  # of the per-atom scalars
+    reduce: str = setting("sum", choices=("sum", "mean"), tuning=True)  # head = scalar
     references: str = setting("auto", choices=("auto", "none", "fit"))
     loss: str = setting("mse", choices=("mse", "l1"), tuning=True)
     metric: str = setting("mae", choices=("mae", "rmse"), tuning=True)  # which chooses best.pt
-    energy_weight: float = setting(1.0, low=0)
+    energy_weight: float = setting(1.0, low=0)  # this and the next three: of energy_forces alone
     force_weight: float = setting(1.0, low=0)
     ema_alpha_y: float = setting(1.0, low=0)
     ema_alpha_dy: float = setting(1.0, low=0)

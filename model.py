@@ -358,7 +358,7 @@ class ModelConfig:
     x_norm_layer: bool = True  # PAPER-SILENT: LayerNorm on x after each residual
     vec_norm_layer: str = setting("rms", choices=tuple(VECTOR_NORMS))  # PAPER-SILENT: on vec after each residual
     vec_norm_out: str = setting("rms", choices=tuple(VECTOR_NORMS))  # PAPER-SILENT: on vec after the last layer
-    vector_cutoff: bool = False
+    vector_cutoff: bool = False  # et alone: see EquivariantMultiHeadAttention
 
     def __post_init__(self):
         if self.embedding_dimension % self.num_heads:

@@ -84,7 +84,7 @@ def write_events(events, logs, folder):
     """Event files for `tensorboard --logdir folder`, a folder a run."""
     for run, figures in logs.items():
         with events.SummaryWriter(f"{folder}{Path(run).resolve()}", purge_step=0) as writer:
-            for name, split in ((name, split) for name in figures for split in figures[name]):
+            for name, split in ((n, s) for n in figures for s in figures[n]):
                 for step, value in figures[name][split]:
                     writer.add_scalar(f"{name}/{split}", value, step)
     print(f"wrote {folder}: tensorboard --logdir '{folder}'")
