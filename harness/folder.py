@@ -25,8 +25,8 @@ RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "best.pt", "me
 # a template of last.pt and step_<n>.pt, see weights.require; a stage adds its own entries
 LAST = {"schema": "georecon/1", "config": {"model": dict}, "data_sha256": str, "step": int, "wall_s": float}
 LAST |= {"state_dict": dict, "optimizer": dict}
-# settings that resuming may change; val_every, which decides best.pt and plateau's rate, is not
-FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "save_every", "keep_steps"}
+# settings that resuming may change: where files lie, how often to write, how work is cut up
+FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"}
 FREE_TO_CHANGE |= {"paper", "num_workers", "accumulate", "inference_batch_size", "lr_cosine_length"}
 
 

@@ -163,7 +163,7 @@ class Run:
         raise InputError(f"{said}; {path} names that step's molecules; {good}: {REMEDY}")
 
     def catch_signals(self):
-        """SIGTERM, SIGINT and SIGHUP let the step end in order; a second one kills. Those ignored stay so (nohup).
+        """SIGTERM, SIGINT, SIGHUP, unless ignored, let the step end in order; a second one kills.
 
         Under torchrun a second one does not kill: torchrun forwards signals that the ranks may already have.
         """
