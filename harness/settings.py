@@ -137,8 +137,8 @@ def read_arguments(kind, arguments):
 def check_data(path, data):
     """Refuse a missing data file by naming the command that makes it, from the header of the config or of its base."""
     text = Path(path).read_text(encoding="utf-8")
-    if base := re.search(r"^base: *(.+?) *(?: #.*)?$", text, re.M):
-        text += (Path(path).parent / base[1].strip("'\"")).read_text(encoding="utf-8")
+    if base := yaml.safe_load(text).get("base"):
+        text += (Path(path).parent / str(base)).read_text(encoding="utf-8")
     told = re.search(rf"^# data: +(.*{re.escape(data)})$", text, re.M)
     if data and told and not os.path.exists(data):
         raise InputError(f"{data}: no such file: make it with `{told[1]}`")

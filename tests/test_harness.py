@@ -57,8 +57,10 @@ def test_a_bad_yaml_is_one_line(tiny, text, message):
 def test_a_base_may_be_in_another_folder_or_quoted(tiny):
     Path("base.yaml").write_text("# data:    python data.py md17 a.npz nowhere.h5\nlr: 2\n")
     Path("mine").mkdir()
-    Path("mine/my base.yaml").write_text(Path("base.yaml").read_text())
-    for base in ("../base.yaml", str(Path("base.yaml").resolve()), '"../base.yaml"', "my base.yaml  # mine"):
+    for name in ("my base.yaml", "a #b.yaml", "it's.yaml"):
+        Path("mine", name).write_text(Path("base.yaml").read_text())
+    named = ("my base.yaml  # mine", '"a #b.yaml"', "'it''s.yaml'")
+    for base in ("../base.yaml", str(Path("base.yaml").resolve()), '"../base.yaml"', *named):
         Path("mine/run.yaml").write_text(f"base: {base}\ndata: nowhere.h5\n")
         assert load_config(PretrainConfig, ["mine/run.yaml"]).lr == 2
         with pytest.raises(InputError, match=r"make it with `python data.py md17 a.npz nowhere.h5`"):
