@@ -19,7 +19,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import Molecules, StepBatches, choose, epoch_order, split_indices, standard_normal
+from data import Molecules, StepBatches, choose, split_indices, standard_normal
 from formats.weights import make_encoder
 from harness.compiled import compile_gradient, compile_layers, fill_up
 from harness.errors import InputError, cli, explain
@@ -38,7 +38,7 @@ HEADS = {"scalar": "model:EquivariantScalar", "dipole": "beyond.heads:Equivarian
 HEADS |= {"extent": "beyond.heads:ElectronicSpatialExtent", "pooler": "beyond.heads:Pooler"}
 HEAD_OF = {"mu": "dipole", "r2": "extent"}  # PAPER-SILENT. All others: scalar, a sum over atoms
 # PAPER-SILENT: what grows with the molecule gets a reference for each element, orbital energies none (torchmd-net #64)
-WITH_REFERENCES = {"alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy"}
+WITH_REFERENCES = ["alpha", "zpve", "U0", "U", "H", "G", "Cv", "energy"]
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,8 @@ class FinetuneConfig:
                 raise ValueError(f"freeze_encoder = true: a linear probe has no {known.name}, leave it out")
         if len(set(names := self.target.split(","))) < len(names):
             raise ValueError(f"target = {self.target}: a name stands twice")
-        if self.freeze_encoder and (self.target == "energy_forces" or "," in self.target):
-            raise ValueError("freeze_encoder = true: a linear probe predicts a label, name one as target")
-        if self.freeze_encoder and self.lr_schedule == "plateau":
-            raise ValueError("freeze_encoder = true: the schedule of a linear probe is cosine or cosine_warmup")
+        if self.freeze_encoder and (self.target == "energy_forces" or self.lr_schedule == "plateau"):
+            raise ValueError("freeze_encoder = true: a probe has no energy_forces and no plateau")
 
 
 def learning_rate(step, config):
@@ -180,14 +178,14 @@ class Labels:
         self.molecule = molecules.ids if "conformers" in molecules.attrs else np.arange(len(molecules))  # (M,)
         counts = molecules.composition(train, max_z, self.forces)  # (M, max_z)
         self.elements = np.flatnonzero(counts.sum(0)).tolist()
-        has_references = {"auto": {*self.names} <= WITH_REFERENCES, "none": False, "fit": True}[config.references]
         fit = np.linalg.lstsq(counts, self.raw[train], rcond=1e-10)[0]  # (max_z, T)
-        self.references = fit if has_references else np.zeros_like(fit)
+        fitted = np.isin(self.names, {"none": [], "fit": self.names}.get(config.references, WITH_REFERENCES))  # (T,)
+        self.references = fit * fitted
         rest = self.raw[train] - counts @ self.references  # (M, T)
         if (head := head_of(config)) in HEAD_OF.values() and (len(self.names) > 1 or (rest < 0).any()):
             raise InputError(f"{self.name}: head={head} is for one target, never below 0: set head=scalar", code=2)
         _, sizes, rows = np.linalg.svd(counts.T @ counts)  # the fit is valid for compositions that rows span
-        self.span = [row.tolist() for s, row in zip(sizes, rows) if has_references and s > 1e-9 * counts.sum()]
+        self.span = [row.tolist() for s, row in zip(sizes, rows) if fitted.any() and s > 1e-9 * counts.sum()]
         middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
         centred = head == "pooler" or not (config.target in HEAD_OF or head in HEAD_OF.values())  # else y stays >= 0
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
@@ -195,10 +193,11 @@ class Labels:
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
             self.std = np.maximum(self.std, 1e-3 * forces.square().mean().sqrt().item())
         self.remark = "; ".join(f"mean {m:.6g}, scale {s:.4g} {u}" for m, s, u in zip(self.mean, self.std, units))
-        self.remark += f", {'after fitted' if has_references else 'no'} atom references"
+        of = f" of {','.join(np.array(self.names)[fitted])}" * (not fitted.all())
+        self.remark += f", after fitted atom references{of}" if fitted.any() else ", no atom references"
         if 0 < len(self.span) < len(self.elements):
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
-        elif not has_references and (grow := np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0)).any():
+        elif (grow := ~fitted & (np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0))).any():
             self.remark += f"; {', '.join(np.array(self.names)[grow])} grows with the molecule: try references=fit"
         held_out = {n: molecules.composition(i, max_z, self.forces) for n, i in others.items()}  # (m, max_z) each
         known = {n: ~c[:, ~counts.any(0)].any(1) for n, c in held_out.items()}  # (m,) of elements that were trained on
@@ -421,43 +420,45 @@ def ridge(features, y, val_features, val_y):
 
 def probe(config, encoder, molecules, parts, labels, device, log):
     """Sec. 5.3 and Fig. 3: one linear layer on the frozen encoder -> {set: errors}, by descent and in closed form."""
-    features, y = {}, {}
+    features, offset, y, scale = {}, {}, {}, torch.from_numpy(labels.std)
     for name, index in parts.items():
-        features[name] = pooled_features(encoder, molecules, index, config, device)
+        features[name] = pooled_features(encoder.eval(), molecules, index, config, device)
         atoms = molecules.composition(index, len(labels.references)) @ labels.references
-        y[name] = torch.from_numpy((labels.raw[index] - atoms - labels.mean) / labels.std)[:, 0]
+        offset[name] = torch.from_numpy(atoms + labels.mean)  # (M, T)
+        y[name] = (torch.from_numpy(labels.raw[index]) - offset[name]) / scale  # (M, T)
     mean, std = features["train"].mean(0), features["train"].std(0).clamp(min=1e-8)
     features = {name: (value - mean) / std for name, value in features.items()}
 
     def mae(name, w, b):
-        return (features[name] @ w + b - y[name]).abs().mean().item() * (labels.std * labels.scale).item()
+        predicted = (features[name] @ w + b) * scale + offset[name]  # (M, T)
+        found = errors_of(predicted, molecules, parts[name], labels)
+        return {error: value for error, value in found.items() if error.endswith("_mae")}
 
-    layer = nn.Linear(features["train"].shape[1], 1)
+    layer = nn.Linear(features["train"].shape[1], len(labels.names))
     optimizer = torch.optim.AdamW(layer.parameters(), lr=config.lr, weight_decay=0.0)
-    x, target = features["train"].float(), y["train"].float()  # (M, F), (M,)
-    size, steps_per_epoch = config.batch_size, len(x) // config.batch_size
-    best, key = (math.inf, None, 0), f"{labels.name}_mae"
+    x, target = features["train"].float(), y["train"].float()  # (M, F), (M, T)
+    batches = StepBatches(molecules, range(len(x)), config.batch_size, config.seed)
+    best = (math.inf, None, 0)  # score; w (F, T), b (T,); step
     for step in range(config.max_steps + 1):
-        w, b = layer.weight.detach().double()[0], layer.bias.detach().double()
+        w, b = layer.weight.detach().double().T.clone(), layer.bias.detach().double().clone()
         if step % config.val_every == 0 or step == config.max_steps:
-            found = mae("val", w, b)
-            log.write({"step": step, "split": "val", key: found, "train_mae": mae("train", w, b)})
-            best = min(best, (found, (w.clone(), b.clone()), step), key=lambda entry: entry[0])
+            found, trained = mae("val", w, b), [*mae("train", w, b).values()]  # the last: of all targets
+            log.write({"step": step, "split": "val", **found, "train_mae": trained[-1]})
+            best = min(best, (score(found, labels, config), (w, b), step), key=lambda entry: entry[0])
         if step == config.max_steps:
             break
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0:
-            order = torch.from_numpy(epoch_order(len(x), config.seed, epoch))
-        chosen = order[place * size : (place + 1) * size]
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
-        mse_loss(layer(x[chosen]).squeeze(1), target[chosen]).backward()
+        mse_loss(layer(x[batches.chosen(step)]), target[batches.chosen(step)]).backward()
         optimizer.step()
         optimizer.zero_grad()
         log.bar.update()
-    centre = y["train"].mean()  # not 0 for a label that is only scaled
-    closed = ridge(features["train"], y["train"] - centre, features["val"], y["val"] - centre)
-    lines = {key: best[1], f"{key}_ridge": (closed, centre)}
-    return best[2], {part: {kind: mae(part, *line) for kind, line in lines.items()} for part in y if part != "train"}
+    centre = y["train"].mean(0)  # not 0 for a label that is only scaled
+    each = zip((y["train"] - centre).T, (y["val"] - centre).T, strict=True)
+    closed = torch.stack([ridge(features["train"], a, features["val"], b) for a, b in each], dim=1)
+    tested = {part: mae(part, *best[1]) for part in y if part != "train"}
+    for part in tested:
+        tested[part] |= {f"{name}_ridge": value for name, value in mae(part, closed, centre).items()}
+    return best[2], tested, num_parameters(layer)
 
 
 # ---------------------------------------------------------------- the run
@@ -531,9 +532,8 @@ def finetune(config, run):
         f"{num_parameters(module):,} parameters",
     )
     if config.freeze_encoder:
-        best_step, found = probe(config, encoder.eval(), molecules, parts, labels, device, run.log)
-        parameters = encoder.config.embedding_dimension + 1
-        return finish(config, run, labels, molecules, parts, found.pop("val"), found, state, best_step, parameters)
+        step, found, parameters = probe(config, encoder, molecules, parts, labels, device, run.log)
+        return finish(config, run, labels, molecules, parts, found.pop("val"), found, state, step, parameters)
 
     def validate():
         model_now = average.module if average else model

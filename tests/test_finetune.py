@@ -373,7 +373,9 @@ def test_several_labels_are_standardised_each_for_itself():
         y, one = several.standardised(part, np.arange(50)), alone.standardised(part, np.arange(50))
         torch.testing.assert_close(y[:, place], one, rtol=1e-5, atol=1e-5)
     assert several.unit_of("U0_mae") == "meV" and several.unit_of("Cv_rmse") == "cal/mol/K"
-    assert not labels_of(config_of(target="U0,gap")).references.any()  # for the gap they make no sense
+    mixed = labels_of(config_of(target="U0,gap"))  # for the gap they make no sense
+    np.testing.assert_array_equal(mixed.references[:, [0]], several.references[:, [0]])
+    assert not mixed.references[:, 1].any() and "after fitted atom references of U0" in mixed.remark
 
 
 def test_a_molecule_counts_if_all_its_labels_are_known(tmp_path):
@@ -619,6 +621,17 @@ def test_the_probe_trains_one_linear_layer(tiny, monkeypatch):
     assert len(read_log(folder, "val")) == 4
 
 
+def test_a_probe_of_several_labels_reads_each_as_a_probe_of_it_alone(tiny):
+    settings = ["freeze_encoder=true", "train_size=1000", "test_size=200", "val_size=200", "max_steps=20"]
+    several = json.loads((start("gap", "target=gap,U0,mu", *settings) / "metrics.json").read_text())
+    assert several["parameters"] == 3 * 17 and several["units"]["U0_mae_ridge"] == "meV"
+    for target in ("gap", "U0", "mu"):
+        folder = start("gap", f"target={target}", *settings, out=f"out/alone_{target}")
+        alone = json.loads((folder / "metrics.json").read_text())
+        for found, one in ((several["val"], alone["val"]), (several["test"]["test"], alone["test"]["test"])):
+            assert found[f"{target}_mae_ridge"] == pytest.approx(one[f"{target}_mae_ridge"], rel=1e-6)
+
+
 def test_a_probe_of_a_label_with_a_mean_has_an_intercept(tiny):
     settings = ["target=mu", "freeze_encoder=true", "train_size=1000", "test_size=200", "val_size=200", "max_steps=20"]
     found = json.loads((start("gap", *settings) / "metrics.json").read_text())["test"]["test"]
@@ -714,7 +727,9 @@ def test_resumed_is_bitwise_the_same(tiny, name, settings):
     assert (a["test"], a["val"], a["best_step"]) == (b["test"], b["val"], b["best_step"])
     rates = [record["lr"] for record in read_log(whole)]
     assert "lr_schedule=plateau" not in settings or rates[-1] < rates[2]
-    fails([f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20", "resume=true"], "is finished, at step 20")
+    fails(
+        [f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20", "resume=true"], "is at step 20: set max_steps"
+    )
     fails([f"{name}.yaml", "out_dir=out/whole", *settings, "max_steps=20"], "already holds a run")
 
 
