@@ -65,7 +65,7 @@ def cli(main, usage=None, needed=0):
         said, code = error, error.code
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I)
-        if not full and not re.search("DataLoader worker|(closed|reset) by peer", str(error)):
+        if not full and not re.search("DataLoader|by peer|Socket closed|Broken pipe", str(error)):
             raise
         remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"
         lost = f"a loader process or a rank was lost ({one_line(error).rstrip('.')}): resume=true goes on"

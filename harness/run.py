@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, config):
         self.device, self.rank, self.world = join_ranks(config.deterministic)
-        self.folder = Path(config.out_dir)
+        self.config, self.folder = config, Path(config.out_dir)
         self.checkpoint = open_folder(config)
         self.is_new = self.checkpoint is None
         self.made_by = provenance(self.device, self.world)  # now: the checkout may move on during a long run
@@ -54,8 +54,9 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.release_signals()
-        clear_frames(traceback)  # they hold the loader, whose processes ignore an exit's SIGTERM
-        self.lock = self.lock and self.lock.close()
+        clear_frames(traceback if self.config.num_workers else None)  # they hold its processes
+        if self.lock:
+            self.lock.close()
         if kind is None and dist.is_initialized():
             # gloo's threads must let go of the last tensors before the interpreter ends, or it aborts now and then
             # (pytorch #179291). A DDP module would keep the group alive: the stage's is gone by now

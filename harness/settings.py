@@ -58,11 +58,9 @@ def convert(value, kind, name):
             return known[str(value).lower()]
         if kind is dict and isinstance(value, dict):
             return {str(key): convert(n, float, f"{name}.{key}") for key, n in value.items()}
-        if isinstance(value, (bool, dict, list)) or value is None:
+        if isinstance(value, (bool, dict, list)) or value is None or "\0" in str(value):
             raise wrong
         if kind is str:
-            if "\0" in str(value):
-                raise wrong
             return str(value)
         number = float(value)  # ints too, for 1e5
         if not math.isfinite(number) or kind is int and (number != int(number) or abs(number) > 2**53):

@@ -46,13 +46,11 @@ def load_step(path):
         config = build_config(FinetuneConfig, content["config"])
         encoder = new_encoder(config.model)
         model = PropertyModel(encoder, head_of(config), config.reduce, [0.0] * config.model.max_z)
-        weights = {k: v for k, v in content["state_dict"].items() if k.startswith("model.")}
-        model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
+        model.load_state_dict({k[6:]: v for k, v in content["state_dict"].items() if k.startswith("model.")})
         if not model.std > 0 or content["step"] < 0:
             raise ValueError(f"its std is {model.std.item()}, its step {content['step']}")
     run = {k: v for k, v in content["config"].items() if k not in FREE_TO_CHANGE}
-    run["data_sha256"] = content["data_sha256"]
-    return content["step"], model.double(), config.target, run
+    return content["step"], model.double(), config.target, (run, content["data_sha256"])
 
 
 def linearisation(models, z, pos, batch, y):

@@ -332,6 +332,8 @@ def test_output_that_cannot_be_written_is_one_line():
 FAILURES = [
     (OSError(24, "Too many open files"), "system: Too many open files"),
     (RuntimeError("pair.cc:538] Connection closed by peer [127.0.0.1]:1"), "a rank was lost"),
+    (RuntimeError("unbound_buffer.cc: Socket closed"), "a rank was lost"),
+    (RuntimeError("pair.cc: writev [127.0.0.1]:1: Broken pipe"), "a rank was lost"),
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "a loader process"),
 ]
 
