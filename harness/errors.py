@@ -75,7 +75,8 @@ def cli(main, usage=None, needed=0):
     except OSError as error:  # 5, 28, 32: a failing disk, a full one, a closed pipe
         where = error.filename or ("standard output" if error.errno in (5, 28, 32) else "system")
         said, code = f"{where}: {error.strerror or error}", 1
-        mute()
+        if where == "standard output":
+            mute()
     except KeyboardInterrupt:
         said, code = "interrupted", 130
     print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)

@@ -340,10 +340,10 @@ FAILURES = [
 
 @pytest.mark.parametrize("error, said", FAILURES)
 def test_a_failure_of_the_system_or_of_another_process_is_one_line(monkeypatch, capsys, error, said):
-    def fail(argv):
+    def fail(*argv):
         raise error
 
-    monkeypatch.setattr(errors, "mute", lambda: None)
+    monkeypatch.setattr(errors, "mute", fail)  # it opens a file
     with pytest.raises(SystemExit) as ended:
         cli(fail)
     err = capsys.readouterr().err
