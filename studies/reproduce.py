@@ -23,10 +23,6 @@ from studies.figures import draw, rows_drawn, table
 from studies.runs import STUDIES, analyses
 
 
-def folder(study, run):
-    return runs.ROOT / "out" / study / run
-
-
 def finished(study, run):
     return (runs.ROOT / "results" / study / f"{run}.json").exists()
 
@@ -35,7 +31,7 @@ def execute(study, run, threads):
     """Run one run to its end, measure it and keep its figures; the output goes to a file."""
     if finished(study, run):
         return
-    out = folder(study, run)
+    out = runs.ROOT / "out" / study / run
     out.parent.mkdir(parents=True, exist_ok=True)
     todo = [([*STUDIES[study][run], f"out_dir=out/{study}/{run}"], out / "metrics.json")]
     todo += [(command, file) for command, file, _ in analyses(study, run).values()]
@@ -56,7 +52,7 @@ def execute(study, run, threads):
 
 def keep(study, run):
     """Write results/STUDY/<run>.json from the run's folder."""
-    out = folder(study, run)
+    out = runs.ROOT / "out" / study / run
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rates = sorted(record["molecules_per_s"] for record in log if record["split"] == "train")
     result = {"study": study, "run": run, **json.loads((out / "metrics.json").read_text())}

@@ -129,8 +129,10 @@ HOT_STARTS = {o: f"table10/{o}" for o in OBJECTIVES} | {"untrained": "table10/co
 # Table 3 at the paper's size, two cycles of its schedule; pretrained on QM9 for 3,000 steps of 32
 LARGER = ["model.embedding_dimension=128", "model.num_layers=6", *PUBLIC[:2]]
 TABLE3 = {o: pretrain(f"objective={o}", *LARGER, kept=(0,)) for o in OBJECTIVES[:2]}
-MD17 = ["finetune.py", "configs/md17_malonaldehyde.yaml", "max_steps=60000", "compile=true", "num_workers=0"]
+MD17 = {m: f"configs/md17_{m}.yaml" for m in ("malonaldehyde", "benzene", "aspirin")}
+MD17 = {m: ["finetune.py", path, "max_steps=60000", "compile=true", "num_workers=0"] for m, path in MD17.items()}
 MD17_STARTS = {o: f"table3/{o}" for o in TABLE3} | {"untrained": "table3/coord"}
+TARGETS = "mu,alpha,homo,lumo,gap,r2,zpve,U0,U,H,G,Cv"  # Fig. 3, of the same encoders
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
     "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
@@ -142,7 +144,8 @@ STUDIES = {
     "family_finetune": from_own_seed(READOUT | FRAMES | LABELS, STARTS, (1, 2, 3)),
     "family_weights": seeds((1, 2, 3), WEIGHTS),
     "table10": seeds((1, 2, 3), TABLE10) | from_own_seed(HOT, HOT_STARTS, (1, 2, 3)),
-    "table3": seeds((1, 2, 3), TABLE3) | from_own_seed({"malonaldehyde": MD17}, MD17_STARTS, (1, 2, 3)),
+    "table3": seeds((1, 2, 3), TABLE3) | from_own_seed(MD17, MD17_STARTS, (1, 2, 3)),
+    "figure3": from_own_seed({"all": probe(TARGETS)}, MD17_STARTS, (1, 2, 3)),
     "speedrun": seeds((1,), SPEEDRUN),
     "unimol": seeds((1, 2, 3), UNIMOL | {"unimol_rec_no_g": [*UNIMOL["unimol_rec"], "decoder_graph_emb=false"]}),
     "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),

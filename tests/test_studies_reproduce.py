@@ -182,7 +182,7 @@ def test_what_is_kept_says_how_it_was_measured(place):
     path = place / "results/control/georecon_rms_s1.json"
     expected = json.loads(path.read_text())
     path.unlink()
-    out = reproduce.folder("control", "georecon_rms_s1")
+    out = reproduce.runs.ROOT / "out/control/georecon_rms_s1"
     out.mkdir(parents=True)
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in expected["curve_val"]))
     (out / "metrics.json").write_text(json.dumps({k: v for k, v in expected.items() if k not in ("study", "run")}))
