@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # what libraries raise over a file that is damaged, cut off or of another kind
+LOST = r"DataLoader worker \(pid|by peer|Socket closed|Broken pipe|pair closure|Timed out waiting"
 FOREIGN = (EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
 
 
@@ -65,7 +66,7 @@ def cli(main, usage=None, needed=0):
         said, code = error, error.code
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error), re.I)
-        if not full and not re.search("DataLoader|by peer|Socket closed|Broken pipe", str(error)):
+        if not full and not re.search(LOST, str(error)):
             raise
         remedy = "in training accumulate=2 or more cuts a batch into parts, and resume=true goes on"
         lost = f"a loader process or a rank was lost ({one_line(error).rstrip('.')}): resume=true goes on"

@@ -23,8 +23,8 @@ LOOK = "look at the settings, and at the data with data.py info"
 REMEDY = f"start anew with a lower lr, or {LOOK}"
 RUN_FILES = ("config.yaml", "log.jsonl", "last.pt", "encoder.pt", "best.pt", "metrics.json")
 # a template of last.pt and step_<n>.pt, see weights.require; a stage adds its own entries
-LAST = {"schema": "georecon/1", "config": {"model": dict, "max_steps": int, "val_every": int}}
-LAST |= {"data_sha256": str, "step": int, "wall_s": float, "state_dict": dict, "optimizer": dict}
+LAST = {"schema": "georecon/1", "config": {"model": dict}, "data_sha256": str, "step": int, "wall_s": float}
+LAST |= {"state_dict": dict, "optimizer": dict}
 # settings that resuming may change: where files lie, how often to write, how work is cut up
 FREE_TO_CHANGE = {"data", "out_dir", "resume", "max_steps", "log_every", "val_every", "save_every", "keep_steps"}
 FREE_TO_CHANGE |= {"paper", "num_workers", "accumulate", "inference_batch_size", "lr_cosine_length"}
@@ -94,12 +94,13 @@ def open_folder(config):
             raise InputError(f"{folder} is finished, and holds no last.pt to go on from; choose another out_dir=")
         return None  # it was stopped before its first checkpoint
     checkpoint = read_torch(folder / "last.pt", "it is what resume=true goes on from", LAST)
-    step, was = checkpoint["step"], checkpoint["config"]
+    step, done = checkpoint["step"], (folder / "metrics.json").exists()
     if step < 0:
         raise InputError(f"{folder / 'last.pt'}: its step is {step}")
-    ended = (folder / "metrics.json").exists() or step % was["val_every"] and step != was["max_steps"]
-    if step > config.max_steps or step == config.max_steps and ended:  # done, or not validated
-        raise InputError(f"{folder} is at step {step}: set max_steps and lr_cosine_length higher")
+    stopped = checkpoint["config"].get("max_steps") != step  # best.pt may be of another step
+    if step > config.max_steps or step == config.max_steps and (done or stopped):
+        how = "finished" if done else "stopped"
+        raise InputError(f"{folder}: {how} at step {step}: set max_steps, lr_cosine_length higher")
     return checkpoint
 
 

@@ -54,7 +54,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         self.release_signals()
-        clear_frames(traceback if self.config.num_workers else None)  # they hold its processes
+        clear_frames(traceback if self.config.num_workers else None)  # they hold the loader's
         if self.lock:
             self.lock.close()
         if kind is None and dist.is_initialized():
@@ -69,7 +69,7 @@ class Run:
     def parallel(self, model, **options):
         if dist.is_initialized():
             model = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-            model.broadcast_buffers = False  # no buffer changes in training; as an argument it warns
+            model.broadcast_buffers = False  # none changes in training; as an argument it warns
         return model
 
     def restore(self, config, source, state, like, **parts):

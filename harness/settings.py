@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from harness.errors import InputError
+from harness.errors import InputError, one_line
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -31,7 +31,7 @@ def read_yaml(path, may_have_base=True):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give a config such as configs/demo.yaml", code=2) from None
     except Exception as error:  # yaml raises many kinds, as over a date that does not exist
-        raise InputError(f"{path} is not valid yaml: {' '.join(str(error).split())}", code=2) from None
+        raise InputError(f"{path} is not valid yaml: {one_line(error)}", code=2) from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: a config is a mapping of lines `key: value`", code=2)
     if "base" not in settings:

@@ -507,7 +507,7 @@ def test_molecules_whose_label_is_unknown_are_left_out(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert "left out: 3 of a, 1 of c: gap unknown\n" in said
     known = np.delete(Molecules(path).label("gap")[:60], [3, 4, 5])
-    assert f"labels: mean {known.mean():.6g}, scale {known.std():.4g} eV" in said
+    assert f"gap: mean {known.mean():.6g}, scale {known.std():.4g} eV" in said
     metrics = json.loads(Path("named/metrics.json").read_text())
     assert metrics["molecules"] == {"train": 57, "val": 20, "c": 19} and metrics["test"]["c"]["gap_mae"] > 0
     fine_tune(path, "target=gap", "train_size=1000", "test_size=0", kind, "out_dir=drawn")
@@ -540,7 +540,7 @@ def test_a_longer_run_may_have_a_longer_schedule(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = energies_of_several_sizes(tmp_path / "a.xyz")
     fine_tune(data, "out_dir=out/a", "lr_cosine_length=3")
-    with pytest.raises(InputError, match="set max_steps and lr_cosine_length higher"):
+    with pytest.raises(InputError, match="set max_steps, lr_cosine_length higher"):
         fine_tune(data, "out_dir=out/a", "lr_cosine_length=3", "resume=true")
     fine_tune(data, "out_dir=out/a", "lr_cosine_length=6", "max_steps=6", "resume=true")
 

@@ -338,6 +338,14 @@ FAILURES = [
 ]
 
 
+def test_a_bug_in_a_loader_process_keeps_its_traceback():
+    def fail(argv):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0. mat1 and mat2 shapes")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli(fail)
+
+
 @pytest.mark.parametrize("error, said", FAILURES)
 def test_a_failure_of_the_system_or_of_another_process_is_one_line(monkeypatch, capsys, error, said):
     def fail(*argv):

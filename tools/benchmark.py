@@ -54,10 +54,10 @@ PUBLISHED = {"x_norm_layer": False, "vec_norm_layer": "none", "vec_norm_out": "n
 WIDE = ModelConfig(**PUBLISHED)
 FORCES = ModelConfig(embedding_dimension=128, num_layers=6, num_rbf=32, **PUBLISHED)
 PEER = dict(model="equivariant-transformer", output_model="Scalar", prior_model=None, spin=False)
-PEER |= dict(derivative=True, rbf_type="expnorm", trainable_rbf=False, activation="silu", aggr="add")
-PEER |= dict(attn_activation="silu", neighbor_embedding=True, distance_influence="both", precision=32)
+PEER |= dict(derivative=True, rbf_type="expnorm", trainable_rbf=False, activation="silu")
+PEER |= dict(attn_activation="silu", neighbor_embedding=True, distance_influence="both")
 PEER |= dict(reduce_op="add", static_shapes=False, check_errors=True, box_vecs=None, cutoff_lower=0.0)
-PEER |= dict(max_num_neighbors=128, atom_filter=-1, charge=False)
+PEER |= dict(max_num_neighbors=128, atom_filter=-1, charge=False, aggr="add", precision=32)
 
 
 def race(functions, rounds, device):
