@@ -104,7 +104,7 @@ class FinetuneConfig:
         if len(set(names := self.target.split(","))) < len(names):
             raise ValueError(f"target = {self.target}: a name stands twice")
         if self.freeze_encoder and (self.target == "energy_forces" or self.lr_schedule == "plateau"):
-            raise ValueError("freeze_encoder = true: a probe has no energy_forces and no plateau")
+            raise ValueError("freeze_encoder = true: a probe has no target=energy_forces and no lr_schedule=plateau")
 
 
 def learning_rate(step, config):
@@ -152,7 +152,8 @@ def split_data(config, molecules):
 
 
 def head_of(config):
-    return HEAD_OF.get(config.target, "scalar") if config.head == "auto" else config.head
+    auto = "scalar" if config.freeze_encoder else HEAD_OF.get(config.target, "scalar")
+    return auto if config.head == "auto" else config.head
 
 
 class Labels:
@@ -187,14 +188,13 @@ class Labels:
         _, sizes, rows = np.linalg.svd(counts.T @ counts)  # the fit is valid for compositions that rows span
         self.span = [row.tolist() for s, row in zip(sizes, rows) if fitted.any() and s > 1e-9 * counts.sum()]
         middle = (np.median if config.metric == "mae" else np.mean)(rest, 0)
-        centred = head == "pooler" or not (config.target in HEAD_OF or head in HEAD_OF.values())  # else y stays >= 0
+        centred = head not in HEAD_OF.values()  # else y stays >= 0
         self.mean, self.std = (rest.mean(0), rest.std(0)) if centred else (np.zeros(1), np.abs(rest).mean(0))
         if self.forces:  # if all energies are nearly equal, the forces bound std from below
             forces = molecules.read(train[:1000], forces=True)["forces"].double()
             self.std = np.maximum(self.std, 1e-3 * forces.square().mean().sqrt().item())
-        self.remark = "; ".join(f"mean {m:.6g}, scale {s:.4g} {u}" for m, s, u in zip(self.mean, self.std, units))
-        of = f" of {','.join(np.array(self.names)[fitted])}" * (not fitted.all())
-        self.remark += f", after fitted atom references{of}" if fitted.any() else ", no atom references"
+        told = zip(self.names, self.mean, self.std, units, np.where(fitted, "after fitted", "no"))
+        self.remark = "; ".join(f"{n}: mean {m:.6g}, scale {s:.4g} {u}, {h} atom references" for n, m, s, u, h in told)
         if 0 < len(self.span) < len(self.elements):
             self.remark += "; too few compositions to tell elements apart: valid for these alone"
         elif (grow := ~fitted & (np.var(rest - counts @ fit, 0) < 0.01 * np.var(rest, 0))).any():
@@ -338,12 +338,13 @@ def load_property_model(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False), about
 
 
-def check_best(path, step, state, target):
+def check_best(path, step, state, config):
     """Refuse to resume if best.pt is of another run -> its figures, which after a kill may be of a later step."""
     about = load_property_model(path)[1]
-    same = about["target"] == target and about["val"].keys() == state["best_val"].keys()
-    if not same or about["step"] <= step and (about["step"], about["val"]) != (state["best_step"], state["best_val"]):
-        raise InputError(f"{path} is of another run than last.pt: bring its own back")
+    same = about["target"] == config.target and about["val"].keys() == state["best_val"].keys()
+    same = same and (about["step"] > step or (about["step"], about["val"]) == (state["best_step"], state["best_val"]))
+    if not same or about["step"] > config.max_steps:
+        raise InputError(f"{path} is of another run, or later than max_steps: bring that of last.pt back")
     return {"best_val": about["val"], "best_step": about["step"]}
 
 
@@ -444,7 +445,7 @@ def probe(config, encoder, molecules, parts, labels, device, log):
         if step % config.val_every == 0 or step == config.max_steps:
             found, trained = mae("val", w, b), [*mae("train", w, b).values()]  # the last: of all targets
             log.write({"step": step, "split": "val", **found, "train_mae": trained[-1]})
-            best = min(best, (score(found, labels, config), (w, b), step), key=lambda entry: entry[0])
+            best = min(best, (score(found, labels, config), (w, b), step), key=lambda one: one[0])
         if step == config.max_steps:
             break
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
@@ -452,12 +453,11 @@ def probe(config, encoder, molecules, parts, labels, device, log):
         optimizer.step()
         optimizer.zero_grad()
         log.bar.update()
-    centre = y["train"].mean(0)  # not 0 for a label that is only scaled
-    each = zip((y["train"] - centre).T, (y["val"] - centre).T, strict=True)
+    each = zip(y["train"].T, y["val"].T, strict=True)
     closed = torch.stack([ridge(features["train"], a, features["val"], b) for a, b in each], dim=1)
     tested = {part: mae(part, *best[1]) for part in y if part != "train"}
     for part in tested:
-        tested[part] |= {f"{name}_ridge": value for name, value in mae(part, closed, centre).items()}
+        tested[part] |= {f"{name}_ridge": value for name, value in mae(part, closed, 0.0).items()}
     return best[2], tested, num_parameters(layer)
 
 
@@ -522,7 +522,7 @@ def finetune(config, run):
     state["init_sha256"] = sha256(config.init_from) if run.is_new and config.init_from else None
     run.restore(config, batches, state, LAST, state_dict=module, optimizer=optimizer, average=average)
     plateau.load_state_dict(state["plateau"])
-    state.update({} if run.is_new else check_best(run.folder / "best.pt", run.step, state, config.target))
+    state.update({} if run.is_new else check_best(run.folder / "best.pt", run.step, state, config))
     run.begin(
         f"{config.target} on {config.data}: {', '.join(f'{len(index):,} {name}' for name, index in parts.items())}",
         *(["drawn at random, not by the file's own splits"] if molecules.splits and not config.train_split else []),

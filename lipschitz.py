@@ -14,6 +14,7 @@ Writes to out_dir (default out/lipschitz): lipschitz.json with a figure per mole
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,10 +177,7 @@ def constants(encoder, part, std, config):
     pos = pos.clone().requires_grad_()
     h, rows = output(config.of, encoder, z, pos, batch, num)
     jvp, vjp = jacobian_products(h, pos)
-
-    def project(v):
-        return remove(motions, v, batch, num)
-
+    project = partial(remove, motions, batch=batch, num_molecules=num)
     norms = [spectral_norms(jvp, vjp, project, directions, batch, rows, s, config.iterations) for s in scale]
     return {step: torch.stack([found[step] for found in norms], dim=1) for step in sorted(config.iterations)}
 
