@@ -13,13 +13,13 @@ from studies import runs
 KINDS = dict.fromkeys(runs.STUDIES, "family") | {  # what a study's table and figure are of
     **{"control": "smoothness", "control_long": "smoothness", "alpha": "arms", "graph_embedding": "arms"},
     **{"qm9_wide": "losses", "precision": "losses", "family_long": "use"},
-    **{"output_norm": "readings", "speedrun": "speedrun"},
+    **{"output_norm": "readings", "speedrun": "speedrun", "figure3": "readouts"},
 }
 
 
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
-    kinds = {"readings": readings_rows, "family": family_rows}
+    kinds = {"readings": readings_rows, "family": family_rows, "readouts": readouts_rows}
     if (kind := KINDS[study]) in kinds:
         return kinds[kind](results)
     return rows_of(results, {"losses": LOSSES, "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS))
@@ -60,9 +60,9 @@ def table(study, results):
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
     kind = KINDS[study]  # untrained networks are no arms of readings
-    compared = [row for arm, row in rows.items() if kind == "family" or "untrained" not in arm]
+    compared = [row for arm, row in rows.items() if kind != "readings" or "untrained" not in arm]
     least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
-    if kind in ("family", "readings") and any(least):
+    if kind in ("family", "readings", "readouts") and any(least):
         yield f"| the least difference that can be seen | {' | '.join(least)} |"
 
 
@@ -187,22 +187,20 @@ def readings_rows(results):
     return untrained | rows_of(results, columns(-1))
 
 
-# of a fine-tuning run its first error that ends so; of 3BPA, as Table 10 has it, both
+# of a fine-tuning run its first error that ends so; of 3BPA and Fig. 3 several
 FINETUNED = ("forces_mae", "mae_ridge", "targets_mae", "expt_rmse", "exp_rmse", "_mae")
-BOTH = dict.fromkeys(("3bpa", "3bpa-clipped"), ("energy_mae", "forces_mae"))
-BOTH["all"] = [f"{target}_mae_ridge" for target in runs.TARGETS.split(",")]
+SHOWN = dict.fromkeys(("3bpa", "3bpa-clipped"), ("energy_mae", "forces_mae"))
 
 
 def errors_shown(errors, task=""):
     """The names of the errors that a table shows."""
-    return BOTH.get(task) or [next(error for end in FINETUNED for error in errors if error.endswith(end))]
+    return SHOWN.get(task) or [next(error for end in FINETUNED for error in errors if error.endswith(end))]
 
 
 SPEEDRUN = {
     "error": lambda run: run["test"]["test"][errors_shown(run["test"]["test"])[0]],
     "minutes": lambda run: run["wall_s"] / 60,
     "molecules seen": lambda run: run["steps"] * int(re.search(r" batch_size=(\d+)", run["command"])[1]),
-    "threads": lambda run: run["ranks"] * run["threads"],
 }
 FAMILY = {  # of a pretraining run
     **{name: LOSSES[name] for name in ("loss_noise", "loss_token", "loss_coord", "loss_dist", "use of g, %")},
@@ -225,3 +223,12 @@ def family_rows(results):
                 if (constant := f"{error}_constant") in errors:
                     rows.setdefault("a constant", {})[column] = [errors[constant]]
     return rows
+
+
+def readouts_rows(results):
+    """{start, and how the linear layer was fitted: {target: its error for each seed}}."""
+    found = {}
+    for how, end in (("descent", "_mae"), ("closed form", "_mae_ridge")):
+        errors = {y: lambda run, key=y + end: run["test"]["test"][key] for y in runs.TARGETS.split(",")}
+        found |= {f"{arm[4:]}, {how}": row for arm, row in rows_of(results, errors).items()}  # all_<start>
+    return found

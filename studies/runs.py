@@ -29,7 +29,7 @@ LABELS = {"gap": finetune("qm9_gap", 1000, "batch_size=32", "train_split=val", "
 # how soon do two cores reach an error, from nothing: a board to compare a fork with. <task>-<error>; say batch_size
 SPEEDRUN = {
     "aspirin-1.0": finetune("md17_aspirin", 6000, "batch_size=4", "test_size=2000", "compile=true"),
-    "gap-150": finetune("qm9_gap", 12000, "batch_size=32", "compile=true"),
+    **{f"gap-{e}": finetune("qm9_gap", n, "batch_size=32", "compile=true") for e, n in ((150, 6000), (100, 17000))},
 }
 
 
@@ -57,8 +57,8 @@ CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
 WIDTH = ["model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
-UNTRAINED = {n: ["objective=coord", *WIDTH, *NORMS[n]] for n in ("public", "rms")}
-UNTRAINED = {f"untrained_{n}_256": pretrain(*more, steps=1, kept=(0,)) for n, more in UNTRAINED.items()}
+UNTRAINED = ["objective=coord", *WIDTH]
+UNTRAINED = {f"untrained_{n}_256": pretrain(*UNTRAINED, *NORMS[n], steps=1, kept=(0,)) for n in ("public", "rms")}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT
 ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
@@ -85,8 +85,7 @@ UNIMOL = {f"unimol{k}": ["pretrain.py", f"configs/unimol_small{k}_pretrain.yaml"
 MOLNET = ["head=pooler", "compile=true", "max_steps=1000", "lr_cosine_length=1000", "lr_warmup_steps=60"]
 MOLNET = {s: ["finetune.py", f"configs/molnet_{s}.yaml", *MOLNET] for s in ("freesolv", "lipo", "qm7", "qm8")}
 MOLNET["qm7-repaired"] = [*MOLNET["qm7"], "data=data/qm7_repaired.h5"]  # with the labels of its own molecules
-MOLNET_STARTS = {run: f"unimol/{run}" for run in UNIMOL}
-MOLNET_STARTS |= {"untrained": "unimol/unimol", "untrained_et": STARTS["coord"]}
+MOLNET_STARTS = {**{u: f"unimol/{u}" for u in UNIMOL}, "untrained": "unimol/unimol", "untrained_et": STARTS["coord"]}
 LONG = {f"{o}_rms": pretrain(f"objective={o}", steps=20000, kept=(0, 1000, 3000, 8000, 20000)) for o in OBJECTIVES}
 # the same molecule in frames of 500 K: a noised geometry no longer tells the clean one
 THERMAL = {"_coord": "objective=coord", "": "", "_no_g": "decoder_graph_emb=false", "_rec_only": "objective=rec_only"}
@@ -108,7 +107,6 @@ WEIGHTS = {f"w_clean{w}": pretrain(f"w_clean={w}") for w in (0.01, 0.1, 0.3, 3)}
 ALPHAS = ((3, 0.45), (3, 0.05), (1, 4.05), (1.35, 0.45), (1.35, 0.247))
 WEIGHTS |= {f"alpha{a}_w{w}": pretrain(f"alpha={a}", f"w_rec={w}") for a, w in ALPHAS}
 WEIGHTS["jittered"] = pretrain("data=data/qm9_jittered.h5")  # no geometry is relaxed: 0.005 angstrom of noise in it
-THERMAL_STARTS = {name[1:] or "georecon": f"graph_embedding/thermal{name}" for name in THERMAL}
 
 
 def from_own_seed(tasks, encoders, numbers=(1, 2)):
@@ -150,18 +148,16 @@ STUDIES = {
     "unimol": seeds((1, 2, 3), UNIMOL | {"unimol_rec_no_g": [*UNIMOL["unimol_rec"], "decoder_graph_emb=false"]}),
     "molnet": from_own_seed(MOLNET, MOLNET_STARTS, (1, 2, 3)),
     "control_long": seeds((1,), LONG),  # the objectives at equal norms, for longer
-    # Table 5's values; its alpha = 1 is georecon_rms of the control
-    "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),
+    "alpha": seeds((1, 2), {f"alpha{a}": pretrain(f"alpha={a}") for a in (1.15, 1.2, 1.35, 1.5)}),  # Table 5
     "graph_embedding": seeds((1, 2), FACTORS),
     # what bfloat16 products cost, beside arms of the control
     "precision": seeds((1,), {f"{o}_bf16": pretrain(f"objective={o}", "precision=bf16") for o in OBJECTIVES[:2]}),
-    "thermal": from_own_seed(FRAMES, THERMAL_STARTS),  # does g help there? Needs graph_embedding
+    "thermal": from_own_seed(FRAMES, {t[1:] or "georecon": f"graph_embedding/thermal{t}" for t in THERMAL}),
 }
 EQUAL_ARMS = ("coord_rms", "georecon_rms")  # of other studies, to compare with
 BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQUAL_ARMS})
-BESIDE["family_long"] = {"control_long": ("georecon_rms",)}
+BESIDE |= {"family_long": {"control_long": ("georecon_rms",)}, "unimol": {"molnet": None}}
 BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
-BESIDE["unimol"] = {"molnet": None}
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
 READ = ("output_norm", "family", "family_weights", "encoders", "table10")  # at two places
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
@@ -189,8 +185,7 @@ def analyses(study, run):
         places = [(of, noise) for of in readings for noise in (0, NOISES[-1])]
         return {f"{of}_{n}": llc(f"{of}_{n}", steps, f"of={of}", f"position_noise_scale={n}") for of, n in places}
     found = {"smoothness": llc("clean", steps)}
-    last = [f"{out}/last.pt"]
-    found |= {f"noised_{n}": llc(f"noised_{n}", last, f"position_noise_scale={n}") for n in NOISES}
+    found |= {f"noised_{n}": llc(f"noised_{n}", [f"{out}/last.pt"], f"position_noise_scale={n}") for n in NOISES}
     if given.get("objective") != "coord" and given.get("decoder_graph_emb") != "false":
         use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
         found["graph_embedding"] = use, f"{out}/use/graph_embedding.json", "checkpoints"

@@ -55,6 +55,7 @@ PUBLISHED = {
         "output_norm",
         "table10",
         "table3",
+        "figure3",
         "qm9_wide",
         "thermal",
         "family",
@@ -77,8 +78,9 @@ def test_published_tables_are_those_of_the_results(page, study):
 def test_a_row_of_the_speedrun_has_reached_its_goal():
     """The error that its name gives, as shown, on two threads or ranks, from no encoder."""
     for arm, row in figures.rows_for("speedrun", reproduce.read_results("speedrun")).items():
-        assert row["error"][0] <= float(arm.rpartition("-")[2]) and row["threads"] == [2]
-    assert not any(result["init_from"] for result in reproduce.read_results("speedrun"))
+        assert row["error"][0] <= float(arm.rpartition("-")[2])
+    for result in reproduce.read_results("speedrun"):
+        assert result["ranks"] * result["threads"] == 2 and not result["init_from"]
 
 
 @pytest.mark.parametrize("name", ["freesolv", "chnof"])
