@@ -7,8 +7,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-# what libraries raise over a file that is damaged, cut off or of another kind
 LOST = r"DataLoader worker \(pid|by peer|Socket closed|Broken pipe|pair closure|Timed out waiting"
+# what libraries raise over a file that is damaged, cut off or of another kind
 FOREIGN = (EOFError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError)
 
 

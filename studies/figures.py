@@ -59,11 +59,12 @@ def table(study, results):
     yield "|---" * (1 + len(columns)) + "|"
     for arm, row in rows.items():
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
-    kind = KINDS[study]  # untrained networks are no arms of readings
-    compared = [row for arm, row in rows.items() if kind != "readings" or "untrained" not in arm]
-    least = [least_cell(name, [row.get(name, ()) for row in compared]) for name in columns]
-    if kind in ("family", "readings", "readouts") and any(least):
-        yield f"| the least difference that can be seen | {' | '.join(least)} |"
+    # two fits of one encoder are not two arms; nor are untrained networks arms of readings
+    for fit in {"readouts": FITS, "family": [""], "readings": [""]}.get(KINDS[study], ()):
+        arms = [a for a in rows if a.endswith(fit) and not (study == "output_norm" and "untrained" in a)]
+        least = [least_cell(name, [rows[arm].get(name, ()) for arm in arms]) for name in columns]
+        if any(least):
+            yield f"| the least difference that can be seen{fit} | {' | '.join(least)} |"
 
 
 def least_cell(column, samples):
@@ -120,7 +121,6 @@ def draw(study, results):
                 axis.xaxis.set_minor_formatter(plt.NullFormatter())
     axes[0, 0].set_yticks(range(len(rows)), list(rows))
     axes[0, 0].invert_yaxis()
-    # below it stand the seeds, steps and commits that it is of
     made = [(f"{r['seed']}", f"{r['steps']:,}", f"{r['commit']}") for r in results]
     seeds, steps, commits = (list(dict.fromkeys(column)) for column in zip(*made, strict=True))
     commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
@@ -187,7 +187,8 @@ def readings_rows(results):
     return untrained | rows_of(results, columns(-1))
 
 
-# of a fine-tuning run its first error that ends so; of 3BPA and Fig. 3 several
+FITS = {", descent": "_mae", ", closed form": "_mae_ridge"}  # of a linear layer
+# of a fine-tuning run its first error that ends so; of 3BPA both
 FINETUNED = ("forces_mae", "mae_ridge", "targets_mae", "expt_rmse", "exp_rmse", "_mae")
 SHOWN = dict.fromkeys(("3bpa", "3bpa-clipped"), ("energy_mae", "forces_mae"))
 
@@ -228,7 +229,7 @@ def family_rows(results):
 def readouts_rows(results):
     """{start, and how the linear layer was fitted: {target: its error for each seed}}."""
     found = {}
-    for how, end in (("descent", "_mae"), ("closed form", "_mae_ridge")):
+    for how, end in FITS.items():
         errors = {y: lambda run, key=y + end: run["test"]["test"][key] for y in runs.TARGETS.split(",")}
-        found |= {f"{arm[4:]}, {how}": row for arm, row in rows_of(results, errors).items()}  # all_<start>
+        found |= {f"{arm[4:]}{how}": row for arm, row in rows_of(results, errors).items()}  # all_<start>
     return found

@@ -56,8 +56,7 @@ OBJECTIVES = ("coord", "georecon", "rec_only")
 CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
-WIDTH = ["model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
-UNTRAINED = ["objective=coord", *WIDTH]
+UNTRAINED = ["objective=coord", "model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
 UNTRAINED = {f"untrained_{n}_256": pretrain(*UNTRAINED, *NORMS[n], steps=1, kept=(0,)) for n in ("public", "rms")}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT

@@ -333,6 +333,8 @@ FAILURES = [
     (OSError(24, "Too many open files"), "system: Too many open files"),
     (RuntimeError("pair.cc:538] Connection closed by peer [127.0.0.1]:1"), "a rank was lost"),
     (RuntimeError("unbound_buffer.cc: Socket closed"), "a rank was lost"),
+    (RuntimeError("[enforce fail] Application timeout caused pair closure"), "a rank was lost"),
+    (RuntimeError("Timed out waiting 1800000ms for recv operation"), "a rank was lost"),
     (RuntimeError("pair.cc: writev [127.0.0.1]:1: Broken pipe"), "a rank was lost"),
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "a loader process"),
 ]
