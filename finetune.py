@@ -344,7 +344,7 @@ def check_best(path, step, state, config):
     same = about["target"] == config.target and about["val"].keys() == state["best_val"].keys()
     same = same and (about["step"] > step or (about["step"], about["val"]) == (state["best_step"], state["best_val"]))
     if not same or about["step"] > config.max_steps:
-        raise InputError(f"{path} is of another run, bring its own; or set max_steps={about['step']}")
+        raise InputError(f"{path} is of another run than last.pt; if not, set max_steps={about['step']}")
     return {"best_val": about["val"], "best_step": about["step"]}
 
 

@@ -82,8 +82,8 @@ def main(arguments):
     features |= {name: arrays["embedding"].astype(float) for name, arrays in loaded.items()}
     if len(known) < 20:
         raise InputError(f"{column} has {len(known)} numbers: 20 or more are needed")
-    found = {k: (x.shape[1], errors(x[known], y[known], config.splits)) for k, x in features.items()}
-    result = {"column": column, "molecules": len(known), "features": found}
+    sets = {k: (x.shape[1], errors(x[known], y[known], config.splits)) for k, x in features.items()}
+    result = {"column": column, "molecules": len(known), "features": sets}
     print("\n".join(table(result)))
     write_json(out, result | provenance(torch.device("cpu")))
 

@@ -836,7 +836,7 @@ def test_the_best_of_a_killed_run_is_taken_over(tiny, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         start("gap", *often, "val_every=2")
     assert load_property_model("out/gap/best.pt")[1]["step"] == 6
-    fails(["gap.yaml", *often, "max_steps=5", "resume=true"], "or set max_steps=6")
+    fails(["gap.yaml", *often, "max_steps=5", "resume=true"], "if not, set max_steps=6")
     left[0] = 4  # up to step 8, which is saved
     with pytest.raises(KeyboardInterrupt):
         start("gap", *often, "val_every=12", "resume=true")
