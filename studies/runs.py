@@ -11,7 +11,7 @@ def seeds(numbers, runs):
 
 
 WIDE = "pretrain.py configs/pcqm.yaml data=data/qm9.h5 val_size=1000 max_steps=3000 log_every=50"
-WIDE = f"{WIDE} lr_warmup_steps=300 lr_cosine_length=3000 val_every=250 num_workers=2".split()
+WIDE = f"{WIDE} lr_warmup_steps=300 lr_cosine_length=3000 val_every=250 num_workers=2 compile=true keep_steps=0,3000"
 
 SMALL = "num_workers=0 log_every=50 lr=1e-3 lr_schedule=cosine inference_batch_size=100 lr_min=1e-6"
 SMALL += " model.embedding_dimension=64 model.num_layers=4 model.num_rbf=32"  # for encoders of 64 channels
@@ -57,10 +57,13 @@ CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
 UNTRAINED = ["objective=coord", "model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
+WIDER = {o: [*WIDE.split(), f"objective={o}"] for o in OBJECTIVES}
+WIDER["coord_public"] = [*WIDER["coord"], *PUBLIC]
 UNTRAINED = {f"untrained_{n}_256": pretrain(*UNTRAINED, *NORMS[n], steps=1, kept=(0,)) for n in ("public", "rms")}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT
 ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
+WIDER["scd"] = [*WIDE.split(), "objective=scd", ADAPTIVE]
 FAMILY = {
     "rec_only": pretrain("objective=rec_only"),
     "frad": pretrain("objective=frad", "data=data/qm9_rotors.h5"),
@@ -133,7 +136,7 @@ TARGETS = "mu,alpha,homo,lumo,gap,r2,zpve,U0,U,H,G,Cv"  # Fig. 3, of the same en
 STUDIES = {
     # results/encoders/*.pt, which have not seen the splits val and test
     "encoders": seeds((1,), {o: pretrain("split=train", f"objective={o}", steps=6000) for o in OBJECTIVES[:2]}),
-    "qm9_wide": seeds((1,), {"coord": [*WIDE, "objective=coord"], "georecon": WIDE}),  # at the paper's width
+    "qm9_wide": seeds((1,), WIDER),  # at the paper's width, on a GPU
     "control": seeds((1, 2), CONTROL),  # how smooth is h, by objective and by norms, over the steps
     "output_norm": seeds((1, 2, 3), OUTPUT) | seeds((1,), UNTRAINED),
     "family": seeds((1, 2, 3), FAMILY | NETWORKS),  # the denoising family on equal footing
@@ -158,7 +161,7 @@ BESIDE = dict.fromkeys(("graph_embedding", "alpha", "precision"), {"control": EQ
 BESIDE |= {"family_long": {"control_long": ("georecon_rms",)}, "unimol": {"molnet": None}}
 BESIDE["family_weights"] = {"output_norm": EQUAL_ARMS, "family": ("rec_only",)}
 BESIDE["family"] = {"output_norm": EQUAL_ARMS, "family_finetune": None}  # None: all of them
-READ = ("output_norm", "family", "family_weights", "encoders", "table10")  # at two places
+READ = ("output_norm", "qm9_wide", "family", "family_weights", "encoders", "table10")  # at two places
 SMOOTHNESS = ("control", "control_long", "alpha", "graph_embedding")
 NOISES = (0.01, 0.04)  # angstrom, where the smoothness of the last step is measured too
 
@@ -180,7 +183,7 @@ def analyses(study, run):
         return ["lipschitz.py", *checkpoints, *few], f"{out}/{place}/lipschitz.json", "summary"
 
     if study in READ:
-        readings = READINGS if study == "output_norm" else READINGS[:1]
+        readings = {"output_norm": READINGS, "qm9_wide": READINGS[::2]}.get(study, READINGS[:1])
         places = [(of, noise) for of in readings for noise in (0, NOISES[-1])]
         return {f"{of}_{n}": llc(f"{of}_{n}", steps, f"of={of}", f"position_noise_scale={n}") for of, n in places}
     found = {"smoothness": llc("clean", steps)}
