@@ -22,7 +22,9 @@ def rows_for(study, results):
     kinds = {"readings": readings_rows, "family": family_rows, "readouts": readouts_rows}
     if (kind := KINDS[study]) in kinds:
         return kinds[kind](results)
-    return rows_of(results, {"losses": LOSSES, "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS))
+    return rows_of(
+        results, {"losses": LOSSES | llcs_of(runs.READINGS), "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS)
+    )
 
 
 def rows_of(results, columns):
@@ -151,13 +153,26 @@ def at_end(result, kind, when=-1):
     return list(result.get(kind, {"": {}}).values())[when]
 
 
+def llc(kind, when=-1):
+    """The figure of a result that is its median LLC; None, if it was not asked."""
+    return lambda run: at_end(run, kind, when)["llc"]["median"] if kind in run else None
+
+
+def llcs_of(readings, when=-1):
+    """{column: figure} of these readings of the output, at the clean geometry and with noise."""
+    at = [(of, noise) for of in readings for noise in (0, runs.NOISES[-1])]
+    return {f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}": llc(f"{of}_{noise}", when) for of, noise in at}
+
+
 SMOOTHNESS = {
     "loss_noise": lambda result: result["val"]["loss_noise"],
     "loss_rec": lambda result: result["val"].get("loss_rec"),
-    "LLC": lambda result: at_end(result, "smoothness")["llc"]["median"],
+    "LLC": llc("smoothness"),
+    "LLC, atoms": llc("atoms_0"),
+    "LLC, all": llc("all_0"),
     "p95": lambda result: at_end(result, "smoothness")["llc"]["p95"],
-    "at 0.01 &#8491;": lambda result: at_end(result, "noised_0.01")["llc"]["median"],
-    "at 0.04 &#8491;": lambda result: at_end(result, "noised_0.04")["llc"]["median"],
+    "at 0.01 &#8491;": llc("noised_0.01"),
+    "at 0.04 &#8491;": llc("noised_0.04"),
     "LLC/&#124;h&#124;": lambda result: at_end(result, "smoothness")["llc_by_norm"]["median"],
     "standardised": lambda result: at_end(result, "smoothness")["llc_standardised"]["median"],
     "isomer's g, %": lambda result: at_end(result, "graph_embedding").get("rise_isomer"),
@@ -168,8 +183,10 @@ SMOOTHNESS = {
 
 def over_steps(result):
     """Columns of the median LLC at each step that was kept, and at the last one with noise on the geometry."""
-    at = {name: lambda run, name=name: run["smoothness"][name]["llc"]["median"] for name in result["smoothness"]}
-    columns = {f"LLC, step {name.rpartition('_')[2]}": figure for name, figure in at.items()}
+    kinds, columns = {"LLC": "smoothness", "LLC, all": "all_0"}, {}
+    for title, kind in kinds.items():
+        for when, name in enumerate(result.get(kind, ())):
+            columns[f"{title}, step {name.rpartition('_')[2]}"] = llc(kind, when)
     return columns | {name: figure for name, figure in SMOOTHNESS.items() if name.startswith("at ")}
 
 
@@ -177,10 +194,9 @@ def readings_rows(results):
     """{arm: {reading of the output: its stretch for each seed}}, untrained networks, too."""
 
     def columns(when):
-        at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
-        kinds = {f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}": f"{of}_{noise}" for of, noise in at}
-        llcs = {name: lambda run, kind=kind: at_end(run, kind, when)["llc"]["median"] for name, kind in kinds.items()}
-        return llcs | {"Fig. 2, graph": lambda run: at_end(run, "graph_0", when)["sensitivity"][-1]}
+        return llcs_of(runs.READINGS, when) | {
+            "Fig. 2, graph": lambda run: at_end(run, "graph_0", when)["sensitivity"][-1]
+        }
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
     untrained = {arm.replace("coord", "untrained"): row for arm, row in untrained.items()}
@@ -206,8 +222,8 @@ SPEEDRUN = {
 FAMILY = {  # of a pretraining run
     **{name: LOSSES[name] for name in ("loss_noise", "loss_token", "loss_coord", "loss_dist", "use of g, %")},
     "the same, mask token, %": lambda run: use_of_g(run["val"], "masked"),
-    "LLC": lambda run: at_end(run, "graph_0")["llc"]["median"] if "graph_0" in run else None,
-    "LLC at 0.04 &#8491;": lambda run: at_end(run, "graph_0.04")["llc"]["median"] if "graph_0.04" in run else None,
+    "LLC": llc("graph_0"),
+    "LLC at 0.04 &#8491;": llc("graph_0.04"),
 }
 
 

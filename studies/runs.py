@@ -187,6 +187,8 @@ def analyses(study, run):
         places = [(of, noise) for of in readings for noise in (0, NOISES[-1])]
         return {f"{of}_{n}": llc(f"{of}_{n}", steps, f"of={of}", f"position_noise_scale={n}") for of, n in places}
     found = {"smoothness": llc("clean", steps)}
+    if study == "control_long":
+        found |= {f"{of}_0": llc(f"{of}_0", steps, f"of={of}") for of in READINGS[1:]}
     found |= {f"noised_{n}": llc(f"noised_{n}", [f"{out}/last.pt"], f"position_noise_scale={n}") for n in NOISES}
     if given.get("objective") != "coord" and given.get("decoder_graph_emb") != "false":
         use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]
