@@ -89,7 +89,7 @@ class PretrainConfig:
 
     inference_batch_size: int = setting(70, low=1)
     num_workers: int = setting(0, low=0)  # loader processes a rank; 0: read in the training process
-    compile: bool | None = None  # attention layers by torch.compile; auto: in a long run on a CPU with a compiler
+    compile: bool | None = None  # attention layers by torch.compile; auto: in a long run with a compiler
     deterministic: bool = False  # bitwise repeatable on CUDA too, at some cost; the CPU always is
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)

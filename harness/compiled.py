@@ -1,20 +1,21 @@
 """torch.compile: the layers of a network, or the gradient of a function by its first argument."""
 
 import logging
-import os
-import shutil
-import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 
 import torch
 
 from harness.errors import InputError, explain, one_line
 
 
+@cache
 def check_compiler(device):
     """Compile a tiny new function. Else a missing compiler would show only in the first step."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: no news
+    for name in ("torch.utils.cpp_extension", "torch._inductor.select_algorithm"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # no CUDA, and how a kernel is chosen: no news
     torch._dynamo.config.optimize_ddp = False  # under torchrun: it cuts graphs at 1 MB, forces fail
     salt = time.time_ns() % 2**30
     try:
@@ -25,12 +26,18 @@ def check_compiler(device):
 
 
 def settle(config, device, checkpoint):
-    """compile: auto is true in a long run on a CPU with a compiler. A resumed run stays as it was, for its bits."""
+    """compile: auto is true in a long run where torch can compile. A resumed run stays as it was, for its bits."""
     if config.compile is not None or getattr(config, "freeze_encoder", False):  # a probe has nothing to compile
         return config
-    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))  # as torch
-    pays = device.type == "cpu" and config.max_steps >= 3000 and compiler is not None
-    return replace(config, compile=checkpoint["config"].get("compile") if checkpoint else pays)
+    if checkpoint:
+        return replace(config, compile=checkpoint["config"].get("compile"))
+    unsure = device.type == "cuda" and getattr(config, "target", "") == "energy_forces"  # Triton failed, torch 2.11
+    config = replace(config, compile=False)
+    with suppress(InputError):
+        if config.max_steps >= 3000 and not unsure:
+            check_compiler(device)
+            config = replace(config, compile=True)
+    return config
 
 
 def compile_layers(model, device):
@@ -54,11 +61,12 @@ def compile_gradient(function, model, device, one_shape):
     if not all(getattr(module, "one_graph", True) for module in model.modules()):
         raise InputError("the derivative of this network cannot be compiled: set compile=false", code=2)
     check_compiler(device)
+    reason = torch._dynamo.exc.TorchDynamoException  # not one graph, or the compiler failed
+    unfit = explain("compile = true: torch cannot compile this derivative, set compile=false", reason)
     if device.type == "cuda" and one_shape:
         # each shape is compiled for itself; beyond the limit it runs uncompiled, fullgraph raises
         torch._dynamo.config.recompile_limit = 64
-        return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
-    unfit = explain("compile = true: this encoder is not one graph, set compile=false", torch._dynamo.exc.Unsupported)
+        return unfit(torch.compile(gradient, mode="reduce-overhead", dynamic=False)), 256
     return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1  # equal bits, all shapes
 
 

@@ -157,7 +157,7 @@ def test_derivatives_are_finite_and_those_of_the_output(name, device):
 
     z, pos, batch = single(name, device)
     encoder = fill(AdaptiveTransformer(ADAPTIVE)).to(device, pos.dtype)
-    weight = torch.randn(16, dtype=pos.dtype, device=device, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(16, dtype=pos.dtype, generator=torch.Generator().manual_seed(1)).to(device)
 
     def energy(pos):
         return (encoder(z, pos, batch)[0] @ weight).sum()
@@ -166,7 +166,7 @@ def test_derivatives_are_finite_and_those_of_the_output(name, device):
     (slope,) = torch.autograd.grad(energy(leaf), leaf, create_graph=True)
     slope.square().sum().backward()
     assert slope.isfinite().all() and leaf.grad.isfinite().all()
-    way = torch.randn(pos.shape, dtype=pos.dtype, device=device, generator=torch.Generator().manual_seed(2))
+    way = torch.randn(pos.shape, dtype=pos.dtype, generator=torch.Generator().manual_seed(2)).to(device)
     by_differences = (energy(pos + 1e-5 * way) - energy(pos - 1e-5 * way)) / 2e-5
     scale = max(1.0, slope.abs().max().item())
     assert (slope.detach() * way).sum().item() == pytest.approx(by_differences.item(), abs=1e-7 * scale)

@@ -16,6 +16,7 @@ from tiny_run import DEMO, ROOT, read_log, run, same_bits
 import pretrain
 from data import Molecules
 from finetune import FinetuneConfig
+from harness import compiled
 from harness.compiled import settle
 from harness.errors import InputError
 from harness.files import sha256
@@ -211,6 +212,7 @@ def test_compiling_needs_a_compiler(tiny, tmp_path, monkeypatch, found):
         compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    compiled.check_compiler.cache_clear()
     with pytest.raises(InputError, match="torch cannot compile here"):
         pretrain.main([str(tiny), "compile=true"])
     assert not Path("out/tiny").exists()
@@ -232,22 +234,25 @@ def test_an_error_after_a_signal_is_one_line(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("steps, compiler, expected", [(3000, True, True), (3000, False, False), (20, True, False)])
-def test_a_long_run_compiles_where_there_is_a_compiler(tiny, tmp_path, monkeypatch, steps, compiler, expected):
+def test_a_long_run_compiles_where_there_is_a_compiler(tiny, monkeypatch, steps, compiler, expected):
     """The choice stands in config.yaml, and a resumed run keeps it."""
-    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
     if compiler:
-        (tmp_path / "compiler").write_text("#!/bin/sh\n")
-        (tmp_path / "compiler").chmod(0o755)
+        monkeypatch.setattr(compiled, "check_compiler", lambda device: None)
+    else:
+        monkeypatch.setenv("CXX", "/nonexistent/g++")
+        compiled.check_compiler.cache_clear()
     seen = []
     monkeypatch.setattr(pretrain, "compile_layers", lambda model, device: seen.append(model))
     for more in ([], ["compile=auto"]):
         config = load_config(pretrain.PretrainConfig, [str(tiny), f"max_steps={steps}", *more])
-        assert settle(config, torch.device("cpu"), None).compile is expected
-        assert settle(config, torch.device("cuda"), None).compile is False  # not measured yet
+        assert all(settle(config, torch.device(kind), None).compile is expected for kind in ("cpu", "cuda"))
         for before in (True, False):
             assert settle(config, torch.device("cpu"), {"config": {"compile": before}}).compile is before
         assert settle(config, torch.device("cpu"), {"config": {}}).compile is None  # of an older version
     assert settle(replace(config, compile=True), torch.device("cpu"), None).compile is True
+    forces = FinetuneConfig(target="energy_forces", max_steps=steps)
+    assert settle(forces, torch.device("cpu"), None).compile is expected
+    assert settle(forces, torch.device("cuda"), None).compile is False  # Triton has failed on them
     pretrain.main([str(tiny), "max_steps=2"])
     assert yaml.safe_load(Path("out/tiny/config.yaml").read_text())["compile"] is False and not seen
 
