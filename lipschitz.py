@@ -80,8 +80,7 @@ def rigid_motions(pos, batch, num_molecules):
     padded = pos.new_zeros(num_molecules, int(counts.max()), 3, 6)
     padded[batch, place] = motions
     U, S, _ = torch.linalg.svd(padded.flatten(1, 2), full_matrices=False)  # (B, 3 n, 6 or fewer), (B, 6 or fewer)
-    U = U * S.gt(1e-5 * S[:, :1]).unsqueeze(1)
-    return U.unflatten(1, (-1, 3))[batch, place]
+    return (U * S.gt(1e-5 * S[:, :1]).unsqueeze(1)).unflatten(1, (-1, 3))[batch, place]
 
 
 def remove(motions, v, batch, num_molecules):
@@ -260,7 +259,6 @@ def summarise(found):
     """Of one encoder: median, p95 and max of each kind of LLC, and the mean curve of Fig. 2."""
     kinds = {"llc": list(found["llc"].values())[-1]}
     kinds |= {name: found[name] for name in ("llc_by_norm", "llc_standardised", "norm")}
-    kinds |= {f"llc_{step}": values for step, values in found["llc"].items()}
     kinds = {name: quantiles(values) for name, values in kinds.items()}
     return kinds | {"sensitivity": mean_curve(found).tolist()}
 

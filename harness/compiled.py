@@ -4,22 +4,21 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 
 import torch
 
 from harness.errors import InputError, explain, one_line
 
 
-@cache
 def check_compiler(device):
-    """Compile a tiny new function. Else a missing compiler would show only in the first step."""
+    """Compile a tiny new function -> True. Else a missing compiler would show in the first step."""
     for name in ("torch.utils.cpp_extension", "torch._inductor.select_algorithm"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # no CUDA, and how a kernel is chosen: no news
+        logging.getLogger(name).setLevel(logging.ERROR)  # no CUDA, which kernel is taken: no news
     torch._dynamo.config.optimize_ddp = False  # under torchrun: it cuts graphs at 1 MB, forces fail
     salt = time.time_ns() % 2**30
     try:
         torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
+        return True
     except Exception as error:  # of many kinds, by what is missing
         remedy = "install a C++ compiler (on CUDA a C compiler), or set compile=false"
         raise InputError(f"compile = true: torch cannot compile here, {one_line(error)}: {remedy}") from None
@@ -29,15 +28,11 @@ def settle(config, device, checkpoint):
     """compile: auto is true in a long run where torch can compile. A resumed run stays as it was, for its bits."""
     if config.compile is not None or getattr(config, "freeze_encoder", False):  # a probe has nothing to compile
         return config
-    if checkpoint:
-        return replace(config, compile=checkpoint["config"].get("compile"))
-    unsure = device.type == "cuda" and getattr(config, "target", "") == "energy_forces"  # Triton failed, torch 2.11
-    config = replace(config, compile=False)
+    sure = device.type == "cpu" or getattr(config, "target", "") != "energy_forces"  # Triton fails
+    pays = False
     with suppress(InputError):
-        if config.max_steps >= 3000 and not unsure:
-            check_compiler(device)
-            config = replace(config, compile=True)
-    return config
+        pays = sure and not checkpoint and config.max_steps >= 3000 and check_compiler(device)
+    return replace(config, compile=checkpoint["config"].get("compile") if checkpoint else pays)
 
 
 def compile_layers(model, device):
@@ -61,8 +56,7 @@ def compile_gradient(function, model, device, one_shape):
     if not all(getattr(module, "one_graph", True) for module in model.modules()):
         raise InputError("the derivative of this network cannot be compiled: set compile=false", code=2)
     check_compiler(device)
-    reason = torch._dynamo.exc.TorchDynamoException  # not one graph, or the compiler failed
-    unfit = explain("compile = true: torch cannot compile this derivative, set compile=false", reason)
+    unfit = explain("torch cannot compile this derivative, set compile=false", torch._dynamo.exc.TorchDynamoException)
     if device.type == "cuda" and one_shape:
         # each shape is compiled for itself; beyond the limit it runs uncompiled, fullgraph raises
         torch._dynamo.config.recompile_limit = 64

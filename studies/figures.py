@@ -12,7 +12,7 @@ from studies import runs
 
 KINDS = dict.fromkeys(runs.STUDIES, "family") | {  # what a study's table and figure are of
     **{"control": "smoothness", "control_long": "smoothness", "alpha": "arms", "graph_embedding": "arms"},
-    **{"qm9_wide": "losses", "precision": "losses", "family_long": "use"},
+    **{"qm9_wide": "wide", "precision": "losses", "family_long": "use"},
     **{"output_norm": "readings", "speedrun": "speedrun", "figure3": "readouts"},
 }
 
@@ -20,11 +20,10 @@ KINDS = dict.fromkeys(runs.STUDIES, "family") | {  # what a study's table and fi
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
     kinds = {"readings": readings_rows, "family": family_rows, "readouts": readouts_rows}
+    kinds["wide"] = lambda r: {a: rows_of(r, LOSSES).get(a, {}) | row for a, row in readings_rows(r).items()}
     if (kind := KINDS[study]) in kinds:
         return kinds[kind](results)
-    return rows_of(
-        results, {"losses": LOSSES | llcs_of(runs.READINGS), "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS)
-    )
+    return rows_of(results, {"losses": LOSSES, "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS))
 
 
 def rows_of(results, columns):
@@ -97,7 +96,10 @@ def rows_drawn(study, results):
     """What is drawn: {arm: {column: its value for each seed}}, and the columns."""
     rows, kind = rows_for(study, results), KINDS[study]
     if kind == "smoothness":
-        rows = rows_of(results, over_steps(results[0]))
+        kept = [(k, name.rpartition("_")[2]) for k, name in enumerate(results[0]["smoothness"])]
+        columns = {f"LLC, step {step}": llc("smoothness", k) for k, step in kept}
+        columns |= {f"LLC, all, step {step}": llc("all_0", k) for k, step in kept}
+        rows = rows_of(results, columns | {n: SMOOTHNESS[n] for n in SMOOTHNESS if n.startswith("at ")})
     shown = ("isomer's g, %", "mean g, %", "LLC", "H, ridge, meV") if kind == "arms" else None
     return rows, shown or columns_of(rows)
 
@@ -125,8 +127,7 @@ def draw(study, results):
     axes[0, 0].invert_yaxis()
     made = [(f"{r['seed']}", f"{r['steps']:,}", f"{r['commit']}") for r in results]
     seeds, steps, commits = (list(dict.fromkeys(column)) for column in zip(*made, strict=True))
-    commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
-    made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
+    made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits[:4])}"
     figure.supxlabel(made_by, fontsize=7, color="0.4")
     path = runs.ROOT / "results" / study / f"{KINDS[study]}.png"
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
@@ -154,25 +155,17 @@ def at_end(result, kind, when=-1):
 
 
 def llc(kind, when=-1):
-    """The figure of a result that is its median LLC; None, if it was not asked."""
-    return lambda run: at_end(run, kind, when)["llc"]["median"] if kind in run else None
-
-
-def llcs_of(readings, when=-1):
-    """{column: figure} of these readings of the output, at the clean geometry and with noise."""
-    at = [(of, noise) for of in readings for noise in (0, runs.NOISES[-1])]
-    return {f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}": llc(f"{of}_{noise}", when) for of, noise in at}
+    """The figure of a result that is its median LLC by this analysis; None, if it was not asked."""
+    return lambda result: at_end(result, kind, when)["llc"]["median"] if kind in result else None
 
 
 SMOOTHNESS = {
     "loss_noise": lambda result: result["val"]["loss_noise"],
     "loss_rec": lambda result: result["val"].get("loss_rec"),
     "LLC": llc("smoothness"),
-    "LLC, atoms": llc("atoms_0"),
-    "LLC, all": llc("all_0"),
+    **{f"LLC, {of}": llc(f"{of}_0") for of in runs.READINGS},
     "p95": lambda result: at_end(result, "smoothness")["llc"]["p95"],
-    "at 0.01 &#8491;": llc("noised_0.01"),
-    "at 0.04 &#8491;": llc("noised_0.04"),
+    **{f"at {noise} &#8491;": llc(f"noised_{noise}") for noise in runs.NOISES},
     "LLC/&#124;h&#124;": lambda result: at_end(result, "smoothness")["llc_by_norm"]["median"],
     "standardised": lambda result: at_end(result, "smoothness")["llc_standardised"]["median"],
     "isomer's g, %": lambda result: at_end(result, "graph_embedding").get("rise_isomer"),
@@ -181,22 +174,13 @@ SMOOTHNESS = {
 }
 
 
-def over_steps(result):
-    """Columns of the median LLC at each step that was kept, and at the last one with noise on the geometry."""
-    kinds, columns = {"LLC": "smoothness", "LLC, all": "all_0"}, {}
-    for title, kind in kinds.items():
-        for when, name in enumerate(result.get(kind, ())):
-            columns[f"{title}, step {name.rpartition('_')[2]}"] = llc(kind, when)
-    return columns | {name: figure for name, figure in SMOOTHNESS.items() if name.startswith("at ")}
-
-
 def readings_rows(results):
     """{arm: {reading of the output: its stretch for each seed}}, untrained networks, too."""
 
     def columns(when):
-        return llcs_of(runs.READINGS, when) | {
-            "Fig. 2, graph": lambda run: at_end(run, "graph_0", when)["sensitivity"][-1]
-        }
+        at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
+        llcs = {f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}": llc(f"{of}_{noise}", when) for of, noise in at}
+        return llcs | {"Fig. 2, graph": lambda run: at_end(run, "graph_0", when)["sensitivity"][-1]}
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
     untrained = {arm.replace("coord", "untrained"): row for arm, row in untrained.items()}

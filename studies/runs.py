@@ -57,13 +57,12 @@ CONTROL = by_norms(NORMS, OBJECTIVES, kept=(0, 100, 300, 1000, 3000))
 # Table 1: which reading of "the encoder's output", which norms, which objective make its factor of a thousand?
 OUTPUT = by_norms(NORMS | {"none": ["model.vec_norm_layer=none", "model.vec_norm_out=none"]}, OBJECTIVES[:2])
 UNTRAINED = ["objective=coord", "model.embedding_dimension=256", "model.num_layers=8", "model.num_rbf=64"]  # QM9's
-WIDER = {o: [*WIDE.split(), f"objective={o}"] for o in OBJECTIVES}
-WIDER["coord_public"] = [*WIDER["coord"], *PUBLIC]
+WIDER = {o: [*WIDE.split(), f"objective={o}"] for o in (*OBJECTIVES, "scd")}
+WIDER |= {"scd": [*WIDER["scd"], "model.backbone=adaptive"], "coord_public": [*WIDER["coord"], *PUBLIC]}
 UNTRAINED = {f"untrained_{n}_256": pretrain(*UNTRAINED, *NORMS[n], steps=1, kept=(0,)) for n in ("public", "rms")}
 READINGS = ("graph", "atoms", "all")  # `of` of lipschitz.py
 # the denoising family; its coord and georecon are the rms arms of OUTPUT
 ADAPTIVE, PAINN = "model.backbone=adaptive", "model.backbone=painn"
-WIDER["scd"] = [*WIDE.split(), "objective=scd", ADAPTIVE]
 FAMILY = {
     "rec_only": pretrain("objective=rec_only"),
     "frad": pretrain("objective=frad", "data=data/qm9_rotors.h5"),
@@ -187,8 +186,7 @@ def analyses(study, run):
         places = [(of, noise) for of in readings for noise in (0, NOISES[-1])]
         return {f"{of}_{n}": llc(f"{of}_{n}", steps, f"of={of}", f"position_noise_scale={n}") for of, n in places}
     found = {"smoothness": llc("clean", steps)}
-    if study == "control_long":
-        found |= {f"{of}_0": llc(f"{of}_0", steps, f"of={of}") for of in READINGS[1:]}
+    found |= {f"{of}_0": llc(f"{of}_0", steps, f"of={of}") for of in READINGS[1:] if study == "control_long"}
     found |= {f"noised_{n}": llc(f"noised_{n}", [f"{out}/last.pt"], f"position_noise_scale={n}") for n in NOISES}
     if given.get("objective") != "coord" and given.get("decoder_graph_emb") != "false":
         use = ["-m", "studies.graph_embedding", f"{out}/step_0.pt", f"{out}/last.pt", *data, f"out_dir={out}/use"]

@@ -4,7 +4,7 @@
     python -m tools.benchmark encoder forces larger=FILE.h5   some, with larger molecules of yours
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
-pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2
+pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2; 50 molecules, on a GPU 200
 family     a step of each objective, 25 molecules as in App. J, with whitening, on PaiNN; frad needs rotors
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 import torch
 
-from data import Molecules, StepBatches
+from data import Molecules, StepBatches, choose
 from finetune import PropertyModel
 from harness.compiled import compile_layers
 from harness.errors import InputError, cli, explain
@@ -98,9 +98,7 @@ def peer_of(model):
 def random_molecules(path, number, device, forces=False):
     """`number` random molecules of a file -> the arrays of Molecules.read on the device."""
     molecules = Molecules(path)
-    if len(molecules) < number:
-        raise InputError(f"{path} holds {len(molecules)} molecules, this takes {number} or more")
-    index = np.random.default_rng(0).permutation(len(molecules))[:number]
+    index = choose(molecules, "", number, "molecules to be timed")
     molecules.check_elements(index, WIDE.max_z)
     return {key: value.to(device) for key, value in molecules.read(index, forces).items()}
 
@@ -160,9 +158,9 @@ COMPILED = {"": {}, ", compiled": {"compile": True}}
 NETWORKS = {", whiten": {"model": ModelConfig(**WHITEN)}, ", painn": {"model": ModelConfig(backbone="painn")}}
 
 
-def pretraining_step(device, molecules_of, **settings):
+def pretraining_step(device, molecules_of, number, **settings):
     """A step of pretraining with these settings, as a function."""
-    stage = PretrainConfig(**settings)
+    stage = PretrainConfig(batch_size=number * (4 if device.type == "cuda" else 1), **settings)
     molecules = molecules_of(objective_of(stage).inputs)
     model = make_model(stage, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
@@ -176,11 +174,11 @@ def pretraining_step(device, molecules_of, **settings):
     return step
 
 
-def pretrain_contenders(objectives, kinds, batch_size, config, device):
+def pretrain_contenders(objectives, kinds, number, config, device):
     """A step of each objective in each kind of settings; of frad if there are rotors."""
     with h5py.File(config.small, "r") as file:
         names = [name for name in objectives if name != "frad" or "rotor" in file]
-    step = partial(pretraining_step, device, partial(Molecules, config.small), batch_size=batch_size)
+    step = partial(pretraining_step, device, partial(Molecules, config.small), number)
     pairs = [(n, kind) for kind, n in product(kinds, names) if not objectives[n].keys() & kinds[kind].keys()]
     return {n + kind: step(**objectives[n], **kinds[kind]) for n, kind in pairs}
 
@@ -219,8 +217,7 @@ def main(arguments):
     for path in filter(None, (config.small, config.larger, {"forces", "md"} & {*chosen} and config.md17)):
         random_molecules(path, 50, torch.device("cpu"), forces=path == config.md17)
     check_new(config.out, make_folder=True)
-    if config.device == "cpu":
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     tune_cpu()
     installed = importlib.util.find_spec("torchmdnet")
     peer = importlib.metadata.version("torchmd-net") if installed else "not installed"
