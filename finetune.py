@@ -89,7 +89,7 @@ class FinetuneConfig:
 
     inference_batch_size: int = setting(128, low=1)
     num_workers: int = setting(0, low=0)
-    compile: bool | None = setting(None, tuning=True)  # auto: a long run with a compiler, on a GPU without forces
+    compile: bool | None = setting(None, tuning=True)  # auto: a long run with a compiler, but not forces on a GPU
     deterministic: bool = False
     log_every: int = setting(100, low=1)
     val_every: int = setting(1000, low=1)

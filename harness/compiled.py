@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from harness.errors import InputError, explain, one_line
+from harness.errors import InputError, one_line
 
 
 def check_compiler(device):
@@ -28,8 +28,8 @@ def settle(config, device, checkpoint):
     """compile: auto is true in a long run where torch can compile. A resumed run stays as it was, for its bits."""
     if config.compile is not None or getattr(config, "freeze_encoder", False):  # a probe has nothing to compile
         return config
-    sure = device.type == "cpu" or getattr(config, "target", "") != "energy_forces"  # Triton fails
-    pays = False
+    unsure = config.deterministic or getattr(config, "target", "") == "energy_forces"  # on a GPU
+    sure, pays = device.type == "cpu" or not unsure, False
     with suppress(InputError):
         pays = sure and not checkpoint and config.max_steps >= 3000 and check_compiler(device)
     return replace(config, compile=checkpoint["config"].get("compile") if checkpoint else pays)
@@ -56,12 +56,11 @@ def compile_gradient(function, model, device, one_shape):
     if not all(getattr(module, "one_graph", True) for module in model.modules()):
         raise InputError("the derivative of this network cannot be compiled: set compile=false", code=2)
     check_compiler(device)
-    unfit = explain("torch cannot compile this derivative, set compile=false", torch._dynamo.exc.TorchDynamoException)
     if device.type == "cuda" and one_shape:
         # each shape is compiled for itself; beyond the limit it runs uncompiled, fullgraph raises
         torch._dynamo.config.recompile_limit = 64
-        return unfit(torch.compile(gradient, mode="reduce-overhead", dynamic=False)), 256
-    return unfit(torch.compile(gradient, fullgraph=True, dynamic=True)), 1  # equal bits, all shapes
+        return torch.compile(gradient, mode="reduce-overhead", dynamic=False), 256
+    return torch.compile(gradient, fullgraph=True, dynamic=True), 1  # equal bits, all shapes
 
 
 def fill_up(mask, multiple):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from harness.compiled import settle
-from harness.errors import InputError, explain
+from harness.errors import InputError, explain, one_line
 from harness.files import provenance, sha256, write_json
 from harness.folder import LAST, REMEDY, RUN_FILES, Log, check_same_run, claim_folder, open_folder
 from harness.ranks import SIGNALS, barrier, follow_parent, join_ranks, sum_over_ranks, tune_cpu
@@ -65,6 +65,8 @@ class Run:
         if self.caught and kind and not issubclass(kind, InputError | SystemExit):  # Ctrl-C ends a compiler, too
             said = f"stopped by {signal.Signals(self.caught[0]).name} in step {self.step + 1}: resume=true goes on"
             raise InputError(said, code=128 + self.caught[0]) from None
+        if kind and kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise InputError(f"set compile=false, torch cannot compile: {one_line(error)}") from error
 
     def parallel(self, model, **options):
         if dist.is_initialized():

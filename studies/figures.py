@@ -127,7 +127,8 @@ def draw(study, results):
     axes[0, 0].invert_yaxis()
     made = [(f"{r['seed']}", f"{r['steps']:,}", f"{r['commit']}") for r in results]
     seeds, steps, commits = (list(dict.fromkeys(column)) for column in zip(*made, strict=True))
-    made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits[:4])}"
+    commits = commits if len(commits) < 5 else [*commits[:3], f"{len(commits) - 3} more"]
+    made_by = f"seed {', '.join(seeds)}; {', '.join(steps)} steps; commit {', '.join(commits)}"
     figure.supxlabel(made_by, fontsize=7, color="0.4")
     path = runs.ROOT / "results" / study / f"{KINDS[study]}.png"
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
@@ -179,7 +180,7 @@ def readings_rows(results):
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
-        llcs = {f"LLC, {of}{f' at {noise} &#8491;' * bool(noise)}": llc(f"{of}_{noise}", when) for of, noise in at}
+        llcs = {f"LLC, {of}{f' at {n} &#8491;' * bool(n)}": llc(f"{of}_{n}", when) for of, n in at}
         return llcs | {"Fig. 2, graph": lambda run: at_end(run, "graph_0", when)["sensitivity"][-1]}
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))

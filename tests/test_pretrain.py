@@ -212,6 +212,8 @@ def test_compiling_needs_a_compiler(tiny, tmp_path, monkeypatch, found):
         compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    config = load_config(PretrainConfig, [str(tiny), "max_steps=3000"])
+    assert settle(config, torch.device("cpu"), None).compile is False
     with pytest.raises(InputError, match="torch cannot compile here"):
         pretrain.main([str(tiny), "compile=true"])
     assert not Path("out/tiny").exists()
@@ -232,27 +234,47 @@ def test_an_error_after_a_signal_is_one_line(tiny, monkeypatch):
     pretrain.main([str(tiny), "resume=true"])
 
 
-@pytest.mark.parametrize("steps, compiler, expected", [(3000, True, True), (3000, False, False), (20, True, False)])
-def test_a_long_run_compiles_where_there_is_a_compiler(tiny, tmp_path, monkeypatch, steps, compiler, expected):
+@pytest.mark.parametrize("steps, works, expected", [(3000, True, True), (3000, False, False), (20, True, False)])
+def test_a_long_run_compiles_where_there_is_a_compiler(tiny, monkeypatch, steps, works, expected):
     """The choice stands in config.yaml, and a resumed run keeps it."""
-    if compiler:
-        monkeypatch.setattr(compiled, "check_compiler", lambda device: True)
-    else:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    seen = []
+
+    def check(device):
+        if not works:
+            raise InputError("no compiler")
+        return True
+
+    monkeypatch.setattr(compiled, "check_compiler", check)
+    seen, cpu, cuda = [], torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(pretrain, "compile_layers", lambda model, device: seen.append(model))
     for more in ([], ["compile=auto"]):
-        config = load_config(pretrain.PretrainConfig, [str(tiny), f"max_steps={steps}", *more])
-        assert all(settle(config, torch.device(kind), None).compile is expected for kind in ("cpu", "cuda"))
+        config = load_config(PretrainConfig, [str(tiny), f"max_steps={steps}", "deterministic=false", *more])
+        assert settle(config, cpu, None).compile is settle(config, cuda, None).compile is expected
         for before in (True, False):
-            assert settle(config, torch.device("cpu"), {"config": {"compile": before}}).compile is before
-        assert settle(config, torch.device("cpu"), {"config": {}}).compile is None  # of an older version
-    assert settle(replace(config, compile=True), torch.device("cpu"), None).compile is True
-    forces = FinetuneConfig(target="energy_forces", max_steps=steps)
-    assert settle(forces, torch.device("cpu"), None).compile is expected
-    assert settle(forces, torch.device("cuda"), None).compile is False  # Triton has failed on them
+            assert settle(config, cpu, {"config": {"compile": before}}).compile is before
+        assert settle(config, cpu, {"config": {}}).compile is None  # of an older version
+    assert settle(replace(config, compile=True), cpu, None).compile is True
+    for unsure in (FinetuneConfig(target="energy_forces", max_steps=steps), replace(config, deterministic=True)):
+        assert settle(unsure, cpu, None).compile is expected and settle(unsure, cuda, None).compile is False
     pretrain.main([str(tiny), "max_steps=2"])
     assert yaml.safe_load(Path("out/tiny/config.yaml").read_text())["compile"] is False and not seen
+
+
+def test_the_compiler_of_this_machine_is_found(tiny):
+    assert settle(load_config(PretrainConfig, [str(tiny), "max_steps=3000"]), torch.device("cpu"), None).compile is True
+
+
+@pytest.mark.parametrize("signalled, said", [(False, "set compile=false, .*PassManager"), (True, "stopped by SIGINT")])
+def test_what_torch_cannot_compile_is_one_line(tiny, monkeypatch, signalled, said):
+    """After a signal the signal is what is said: Ctrl-C ends the compiler, too."""
+
+    def broken(*_):
+        if signalled:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise torch._dynamo.exc.TorchDynamoException("PassManager::run failed")
+
+    monkeypatch.setattr(pretrain, "train_step", broken)
+    with pytest.raises(InputError, match=said):
+        pretrain.main([str(tiny)])
 
 
 def test_the_first_weights_may_be_kept(tiny):

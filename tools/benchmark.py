@@ -5,7 +5,7 @@
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
 pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2; 50 molecules, on a GPU 200
-family     a step of each objective, 25 molecules as in App. J, with whitening, on PaiNN; frad needs rotors
+family     a step of each objective, 25 molecules as in App. J (GPU: 100), whitening, PaiNN; frad needs rotors
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
 
@@ -14,12 +14,12 @@ torchmd-net 3.1.0, if it is installed (pip install torchmd-net==3.1.0 ase, 5 GB 
 """
 
 import copy
-import importlib.metadata
-import importlib.util
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def race(functions, rounds, device):
 
 def peer_of(model):
     """TorchMD-NET's model with the weights of a PropertyModel; None if it is not installed."""
-    if not importlib.util.find_spec("torchmdnet"):
+    if not find_spec("torchmdnet"):
         return None
     with explain("torchmd-net cannot be imported, install it again or remove it", ImportError):
         from torchmdnet.models.model import create_model
@@ -202,8 +202,7 @@ def compare(case, config):
         for name, found in times.items():
             row = {"case": workload, "contender": name, "seconds": statistics.median(found)}
             if reference and found is not reference:
-                pairs = zip(reference, found, strict=True)
-                row["times_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
+                row["times_faster"] = statistics.median(a / b for a, b in zip(reference, found, strict=True))
             yield row
 
 
@@ -219,8 +218,7 @@ def main(arguments):
     check_new(config.out, make_folder=True)
     torch.set_num_threads(config.threads)
     tune_cpu()
-    installed = importlib.util.find_spec("torchmdnet")
-    peer = importlib.metadata.version("torchmd-net") if installed else "not installed"
+    peer = version("torchmd-net") if find_spec("torchmdnet") else "not installed"
     print(f"torchmd-net: {peer}\n{'':<56}{'time':>18}{'faster':>9}")
     about = provenance(device) | {"peer": peer, "settings": asdict(config)}
     cases = {}
