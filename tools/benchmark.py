@@ -1,7 +1,7 @@
 """How fast this code is, beside TorchMD-NET's own on the same weights and molecules.
 
-    python -m tools.benchmark                                 all cases: an hour, a third compiling
-    python -m tools.benchmark encoder forces larger=FILE.h5   some, with larger molecules of yours
+    python -m tools.benchmark                      all cases: an hour, a third compiling
+    python -m tools.benchmark encoder rounds=3     two minutes; larger=FILE.h5 adds larger molecules of yours
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
 pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2; 50 molecules, on a GPU 200
