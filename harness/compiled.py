@@ -15,9 +15,9 @@ def check_compiler(device):
     for name in ("torch.utils.cpp_extension", "torch._inductor.select_algorithm"):
         logging.getLogger(name).setLevel(logging.ERROR)  # no CUDA, which kernel is taken: no news
     torch._dynamo.config.optimize_ddp = False  # under torchrun: it cuts graphs at 1 MB, forces fail
-    salt = time.time_ns() % 2**30
+    new = eval(f"lambda x: x.sin() * {time.time_ns() % 2**30}")  # torch knows compiled code by its code
     try:
-        torch.compile(lambda x: x.sin() * salt)(torch.zeros(2, device=device))
+        torch.compile(new)(torch.zeros(2, device=device))
         return True
     except Exception as error:  # of many kinds, by what is missing
         remedy = "install a C++ compiler (on CUDA a C compiler), or set compile=false"

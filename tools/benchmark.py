@@ -1,11 +1,11 @@
 """How fast this code is, beside TorchMD-NET's own on the same weights and molecules.
 
     python -m tools.benchmark                      all cases: an hour, a third compiling
-    python -m tools.benchmark encoder rounds=3     two minutes; larger=FILE.h5 adds larger molecules of yours
+    python -m tools.benchmark encoder rounds=3     two minutes; larger=FILE.h5: larger molecules
 
 encoder    50 molecules of `small`, of `larger`, forward and with backward, 256 channels, 8 layers
-pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2; 50 molecules, on a GPU 200
-family     a step of each objective, 25 molecules as in App. J (GPU: 100), whitening, PaiNN; frad needs rotors
+pretrain   a step of Coord, of GeoRecon, of GeoRecon with alpha = 1.2; 50 molecules, a GPU: 200
+family     a step of each objective, 25 molecules (a GPU: 100), whitening, PaiNN; frad: rotors
 forces     a training step of energies and forces, 128 channels, 6 layers: 4 and 32 frames of `md17`
 md         energy and forces of one frame, as dynamics asks for them
 
