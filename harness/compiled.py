@@ -15,7 +15,7 @@ def check_compiler(device):
     for name in ("torch.utils.cpp_extension", "torch._inductor.select_algorithm"):
         logging.getLogger(name).setLevel(logging.ERROR)  # no CUDA, which kernel is taken: no news
     torch._dynamo.config.optimize_ddp = False  # under torchrun: it cuts graphs at 1 MB, forces fail
-    new = eval(f"lambda x: x.sin() * {time.time_ns() % 2**30}")  # torch knows compiled code by its code
+    new = eval(f"lambda x: x.sin() * {time.time_ns() % 2**30}")  # new code: torch compiles it once
     try:
         torch.compile(new)(torch.zeros(2, device=device))
         return True
@@ -28,10 +28,10 @@ def settle(config, device, checkpoint):
     """compile: auto is true in a long run where torch can compile. A resumed run stays as it was, for its bits."""
     if config.compile is not None or getattr(config, "freeze_encoder", False):  # a probe has nothing to compile
         return config
-    unsure = config.deterministic or getattr(config, "target", "") == "energy_forces"  # on a GPU
-    sure, pays = device.type == "cpu" or not unsure, False
+    unsure = device.type == "cuda" and (config.deterministic or getattr(config, "target", "") == "energy_forces")
+    pays = False
     with suppress(InputError):
-        pays = sure and not checkpoint and config.max_steps >= 3000 and check_compiler(device)
+        pays = not checkpoint and config.max_steps >= 3000 and not unsure and check_compiler(device)
     return replace(config, compile=checkpoint["config"].get("compile") if checkpoint else pays)
 
 

@@ -20,7 +20,7 @@ KINDS = dict.fromkeys(runs.STUDIES, "family") | {  # what a study's table and fi
 def rows_for(study, results):
     """{arm: {column: its value for each seed}}."""
     kinds = {"readings": readings_rows, "family": family_rows, "readouts": readouts_rows}
-    kinds["wide"] = lambda r: {a: rows_of(r, LOSSES).get(a, {}) | row for a, row in readings_rows(r).items()}
+    kinds["wide"] = lambda results: readings_rows(results, LOSSES)
     if (kind := KINDS[study]) in kinds:
         return kinds[kind](results)
     return rows_of(results, {"losses": LOSSES, "use": USE, "speedrun": SPEEDRUN}.get(kind, SMOOTHNESS))
@@ -62,7 +62,7 @@ def table(study, results):
         yield f"| {arm} | {' | '.join(cell(row.get(column, [])) for column in columns)} |"
     # two fits of one encoder are not two arms; nor are untrained networks arms of readings
     for fit in {"readouts": FITS, "family": [""], "readings": [""]}.get(KINDS[study], ()):
-        arms = [a for a in rows if a.endswith(fit) and not (study == "output_norm" and "untrained" in a)]
+        arms = [a for a in rows if a.endswith(fit) and (KINDS[study] != "readings" or "untrained" not in a)]
         least = [least_cell(name, [rows[arm].get(name, ()) for arm in arms]) for name in columns]
         if any(least):
             yield f"| the least difference that can be seen{fit} | {' | '.join(least)} |"
@@ -175,8 +175,8 @@ SMOOTHNESS = {
 }
 
 
-def readings_rows(results):
-    """{arm: {reading of the output: its stretch for each seed}}, untrained networks, too."""
+def readings_rows(results, more=()):
+    """{arm: {reading of the output: its stretch for each seed}}, untrained, too; more: of trained ones."""
 
     def columns(when):
         at = [(of, noise) for of in runs.READINGS for noise in (0, runs.NOISES[-1])]
@@ -185,7 +185,7 @@ def readings_rows(results):
 
     untrained = rows_of([run for run in results if run["objective"] == "coord"], columns(0))
     untrained = {arm.replace("coord", "untrained"): row for arm, row in untrained.items()}
-    return untrained | rows_of(results, columns(-1))
+    return untrained | rows_of(results, columns(-1) | dict(more))
 
 
 FITS = {", descent": "_mae", ", closed form": "_mae_ridge"}  # of a linear layer
